@@ -1,0 +1,152 @@
+"""Encoded bytes → pixels, and nothing else: the one importer of OpenCV and Pillow.
+
+    bytes ─ signature? ─ header within limits? ─ complete? ─ decode → (H, W, 3) uint8 BGR
+                 └──────────────┴───────────────────┴──────────┴──→ BadImage with a reason
+
+The pixels equal those that ``YOLO.predict(path)`` sees for the same file (``ultralytics.utils.patches.imread``): EXIF
+rotation applied, grey and CMYK turned to BGR, alpha dropped, 16 bits cut to 8. Two things are stricter on purpose: the
+size is limited before decoding, and a file that ends too early is an error instead of a half-grey picture.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from actors.errors import BadImage, ImageTooLarge
+from actors.settings import ImageLimits
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+
+cv2.setNumThreads(0)  # decoding runs in our own pool; OpenCV's would fight the engine for the cores
+Image.MAX_IMAGE_PIXELS = None  # ImageLimits decide, by an error and not by a warning
+warnings.filterwarnings("ignore", module="PIL")  # odd metadata in a client's file is not our operator's concern
+
+SUPPORTED = "JPEG, PNG, WebP, BMP, TIFF, JPEG 2000 or AVIF"
+IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+
+# By content, not by name: what a client calls its file decides nothing.
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG2000"),
+)
+
+
+def decode_image(data: bytes, limits: ImageLimits) -> Array:
+    """Decode one image.
+
+    Args:
+        data: the encoded file, as it was sent.
+        limits: what it may weigh, in bytes and in pixels.
+
+    Returns:
+        (H, W, 3) uint8 array in BGR order, upright.
+
+    Raises:
+        ImageTooLarge: more bytes or pixels than ``limits`` allow; nothing was decoded.
+        BadImage: empty, of an unsupported format, truncated or corrupt.
+    """
+    kind = _sniff(data)
+    if len(data) > limits.max_image_mb * 1e6:
+        raise ImageTooLarge(f"The image has {len(data) / 1e6:.1f} MB; at most {limits.max_image_mb:g} MB are accepted")
+    _check_size(data, limits)
+    if not _is_complete(data, kind):
+        raise BadImage("The image is truncated: send the whole file")
+    try:
+        image = _decode(data, kind)
+    except Exception as error:  # decoders raise many types; whatever they say, the file is at fault
+        raise BadImage(f"The {kind} file is corrupt and cannot be decoded: encode it again") from error
+    if image is None:
+        raise BadImage(f"The {kind} file is corrupt and cannot be decoded: encode it again")
+    return np.ascontiguousarray(image)
+
+
+def encode_jpeg(image: Array, quality: int = 92) -> bytes:
+    """Encode an (H, W, 3) uint8 BGR array as JPEG."""
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def _sniff(data: bytes) -> str:
+    if not data:
+        raise BadImage("The file is empty: send the bytes of an image")
+    for signature, kind in _SIGNATURES:
+        if data.startswith(signature):
+            return kind
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp" and b"avif" in data[8:32]:
+        return "AVIF"
+    raise BadImage(f"This is not an image that can be read: send {SUPPORTED}")
+
+
+def _check_size(data: bytes, limits: ImageLimits) -> None:
+    width, height = _header_size(data)
+    if width * height > limits.max_megapixels * 1e6 or max(width, height) > limits.max_side_px:
+        raise ImageTooLarge(
+            f"The image is {width}x{height} pixels; at most {limits.max_megapixels:g} megapixels"
+            f" and {limits.max_side_px} pixels a side are accepted: scale it down"
+        )
+
+
+def _header_size(data: bytes) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            return header.size
+    except Exception as error:  # Pillow's plugins raise many types for a header that they cannot read
+        raise BadImage("The image's header cannot be read: the file is truncated or corrupt") from error
+
+
+def _is_complete(data: bytes, kind: str) -> bool:
+    """Whether the file reaches its end marker; where that leaves doubt, whether Pillow can read all of it."""
+    if kind == "JPEG" and data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"):
+        return True
+    if kind == "PNG" and data.rfind(b"IEND") > 0:
+        return True
+    if kind == "WEBP":
+        return len(data) >= int.from_bytes(data[4:8], "little") + 8
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except OSError as error:
+        # Pillow reads fewer kinds of TIFF and BMP than OpenCV: only a file that ends too early is our concern here.
+        return "truncated" not in str(error) and kind != "JPEG"
+    except Exception:
+        return True
+    return True
+
+
+def _decode(data: bytes, kind: str) -> Array | None:
+    buffer = np.frombuffer(data, np.uint8)
+    if kind == "AVIF":
+        return _decode_with_pillow(data)
+    if kind == "TIFF":
+        image = _decode_colour_tiff(buffer)
+        if image is not None:
+            return image
+    decoded = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+    return None if decoded is None else _to_bytes(decoded)
+
+
+def _decode_colour_tiff(buffer: Array) -> Array | None:
+    """The first page of a colour TIFF without its alpha, as Ultralytics reads it; None for grey ones."""
+    found, pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)
+    return _to_bytes(pages[0][..., :3]) if found and pages[0].ndim == 3 else None
+
+
+def _decode_with_pillow(data: bytes) -> Array:
+    with ImageOps.exif_transpose(Image.open(io.BytesIO(data))) as image:
+        pixels: Array = np.asarray(image.convert("RGB"))
+        return pixels[..., ::-1]
+
+
+def _to_bytes(image: Any) -> Array:
+    return (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else image.astype(np.uint8, copy=False)

@@ -1,0 +1,345 @@
+"""YoloModel: one private Ultralytics model, and the only importer of torch and ultralytics in the core.
+
+                     any thread                                  the owner thread only
+    image, params ─ prepare: letterbox ─→ Prepared ─┐
+    image, params ─ prepare: letterbox ─→ Prepared ─┼─ predict: one forward pass, then per image: NMS, scaling ─→ ImageResult …
+    image, params ─ prepare: letterbox ─→ Prepared ─┘   (all with the same ``bucket``)
+
+The rule of the project lives here: a model belongs to the thread that loaded it, from load to death. Another thread, a
+forked process and pickling all raise ``ModelOwnershipError``. Why: an Ultralytics predictor keeps the arguments of a call
+in itself (``Model.predict`` writes ``predictor.args`` outside the predictor's lock), so that a shared one answers callers
+with each other's thresholds.
+
+Letterbox, forward pass, non-maximum suppression and scaling are Ultralytics' own code; what is ours is that a batch mixes
+images with different thresholds: the pass is shared, then each image is post-processed alone with its own arguments. What
+comes back for an image equals ``YOLO(weights).predict(image, **params)`` for that image alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from actors.errors import BadRequest, EngineOutOfMemory, FleetError, ModelError, ModelOwnershipError
+from actors.fake_model import FakeModel
+from actors.schemas import TASKS, Detection, ImageResult, ModelInfo, Points, PredictParams, Timing
+from actors.settings import ModelSettings
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+Bucket = tuple[Any, ...]
+
+END2END_CANDIDATES = 300  # ultralytics' predictor asks an end-to-end head for at least this many
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One image on its way into a batch.
+
+    Attributes:
+        image: the original, (H, W, 3) uint8 BGR.
+        inputs: the same letterboxed, (h, w, 3) uint8 BGR; the original itself for ``classify``.
+        params: the thresholds of this image.
+        bucket: images with equal buckets may share a forward pass.
+    """
+
+    image: Array
+    inputs: Array
+    params: PredictParams
+    bucket: Bucket
+
+
+class Model(Protocol):
+    """What a Detector needs from a model; YoloModel is the real one, FakeModel its double."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+
+    def prepare(self, image: Array, params: PredictParams) -> Any:
+        """Letterbox ``image``. Safe in any thread."""
+
+    def predict(self, batch: Sequence[Any]) -> list[ImageResult]:
+        """One forward pass over a batch of one bucket. On the owner thread only."""
+
+
+def load_model(settings: ModelSettings, threads: int) -> Model:
+    """Load ``settings.weights``; the calling thread becomes the model's owner.
+
+    Args:
+        settings: which weights; ``fake:…`` makes the deterministic model for tests.
+        threads: CPU threads of the engine; ignored on a GPU.
+
+    Raises:
+        ModelError: the weights are missing, of the wrong hash, or of a task that is not served.
+    """
+    if settings.weights.startswith("fake:"):
+        return FakeModel(settings)
+    return YoloModel(settings, threads)
+
+
+class YoloModel:
+    """A private YOLO model. Load, warm-up and every prediction happen on one thread of one process.
+
+    Args:
+        settings: which weights to load.
+        threads: CPU threads of the engine.
+
+    Raises:
+        ModelError: the weights are missing, of the wrong hash, or of a task that is not served.
+    """
+
+    def __init__(self, settings: ModelSettings, threads: int = 1) -> None:
+        self._owner = (os.getpid(), threading.get_ident())
+        weights = Path(settings.weights)
+        sha256 = hash_weights(weights)
+        if settings.sha256 not in (None, sha256):
+            raise ModelError(
+                f"{weights} has SHA-256 {sha256}, but the settings pin {settings.sha256}: restore the file or the pin"
+            )
+        self._predictor = _load_predictor(weights, threads)
+        backend = self._predictor.model
+        self._channels_checked(backend)
+        self._flexible = backend.format == "pt" or bool(getattr(backend, "dynamic", False))
+        self._adjustable_head = backend.format == "pt" and bool(getattr(backend, "end2end", False))
+        self._args = self._predictor.args
+        self._imgsz = self._checked_imgsz(self._predictor.imgsz)
+        self._info = ModelInfo(
+            name=settings.name,
+            weights=weights.name,
+            sha256=sha256,
+            task=self._args.task,
+            names=dict(backend.names),
+            imgsz=self._imgsz,
+            engine={"pt": "torch", "engine": "tensorrt"}.get(backend.format, backend.format),
+            device=str(self._predictor.device),
+            versions={name: version(name) for name in ("torch", "ultralytics-opencv-headless", "yolofleet")},
+        )
+        log.info("loaded %s: task %s, engine %s on %s", weights.name, *_words(self._info))
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+        return self._info
+
+    def prepare(self, image: Array, params: PredictParams) -> Prepared:
+        """Letterbox one image as Ultralytics' predictor does for a single image. Safe in any thread.
+
+        Args:
+            image: (H, W, 3) uint8 BGR.
+            params: its thresholds; ``imgsz`` decides the letterbox target.
+
+        Raises:
+            BadRequest: ``classes`` names ids that the model does not have, or ``imgsz`` is not what a fixed export takes.
+        """
+        self._check_classes(params)
+        imgsz = self._checked_imgsz(params.imgsz or self._imgsz)
+        head = (max(params.max_det, END2END_CANDIDATES), params.agnostic_nms) if self._adjustable_head else ()
+        if self._info.task == "classify":
+            return Prepared(image, image, params, ("classify", imgsz))
+        inputs = self._letterbox(imgsz)(image=image)
+        return Prepared(image, inputs, params, (inputs.shape, *head))
+
+    def predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
+        """Run one forward pass over images of one bucket, then post-process each with its own thresholds.
+
+        Args:
+            batch: at least one prepared image; all with the same ``bucket``.
+
+        Returns:
+            One result per image, in order; ``timing`` holds preprocess, inference and postprocess.
+
+        Raises:
+            ModelOwnershipError: called from another thread or process than the one that loaded the model.
+            EngineOutOfMemory: the device cannot hold this batch.
+        """
+        import torch
+
+        self._check_owner()
+        with torch.inference_mode(), _translate_out_of_memory(len(batch)):
+            return self._predict(batch)
+
+    def _predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
+        predictor = self._predictor
+        started = time.perf_counter()
+        if self._adjustable_head:
+            max_det, agnostic = batch[0].bucket[1:]
+            predictor.model.model.set_head_attr(max_det=max_det, agnostic_nms=agnostic)
+        if self._info.task == "classify":
+            predictor.args.imgsz = list(batch[0].bucket[1])
+            predictor.setup_source([item.image for item in batch[:1]])  # sets the transforms for this size
+        inputs = predictor.preprocess([item.inputs for item in batch])
+        prepared = time.perf_counter()
+        outputs = predictor.inference(inputs)
+        inferred = time.perf_counter()
+        preprocess = 1e3 * (prepared - started) / len(batch)
+        inference = 1e3 * (inferred - prepared) / len(batch)
+        results = []
+        for index, item in enumerate(batch):
+            begun = time.perf_counter()
+            result = self._postprocess(_row(outputs, index), inputs[index : index + 1], item)
+            postprocess = 1e3 * (time.perf_counter() - begun)
+            timing = Timing(preprocess=preprocess, inference=inference, postprocess=postprocess, batch_size=len(batch))
+            results.append(replace(result, timing=timing))
+        return results
+
+    def _postprocess(self, outputs: Any, inputs: Any, item: Prepared) -> ImageResult:
+        predictor, params = self._predictor, item.params
+        predictor.args = copy(self._args)
+        predictor.args.conf = params.conf
+        predictor.args.iou = params.iou
+        predictor.args.classes = None if params.classes is None else list(params.classes)
+        predictor.args.max_det = params.max_det
+        predictor.args.agnostic_nms = params.agnostic_nms
+        predictor.batch = ([""], None, None)  # a path per image, which Results wants and nobody reads
+        (results,) = predictor.postprocess(outputs, inputs, [item.image])
+        height, width = item.image.shape[:2]
+        return ImageResult(width, height, self._info.task, _detections(results))
+
+    def _letterbox(self, imgsz: tuple[int, int]) -> Any:
+        from ultralytics.data.augment import LetterBox
+
+        # As BasePredictor.pre_transform does it for one image: a rectangle where the engine takes any shape.
+        return LetterBox(imgsz, auto=self._flexible and self._args.rect, stride=self._predictor.model.stride)
+
+    def _checked_imgsz(self, imgsz: Sequence[int]) -> tuple[int, int]:
+        """Round sides up to the stride, as ``check_imgsz`` does; refuse another size than a fixed export has."""
+        stride = int(self._predictor.model.stride)
+        height, width = (max(-(-side // stride) * stride, stride) for side in imgsz)
+        if not self._flexible and (height, width) != tuple(self._predictor.imgsz):
+            fixed = list(self._predictor.imgsz)
+            raise BadRequest(f"'imgsz' is {[height, width]}, but this model was exported for {fixed} only: leave it out")
+        return height, width
+
+    def _check_classes(self, params: PredictParams) -> None:
+        unknown = [class_id for class_id in params.classes or () if class_id not in self._info.names]
+        if unknown:
+            raise BadRequest(f"'classes' has {unknown}, but this model knows the ids 0 to {len(self._info.names) - 1}")
+
+    def _channels_checked(self, backend: Any) -> None:
+        channels = getattr(backend, "channels", 3)
+        if channels != 3:
+            raise ModelError(f"The model takes images of {channels} channels; only 3 (colour) are served")
+
+    def _check_owner(self) -> None:
+        if (os.getpid(), threading.get_ident()) != self._owner:
+            raise ModelOwnershipError(
+                "This YoloModel belongs to the thread that loaded it: it keeps the arguments of a call in itself, so that"
+                " another caller would get its answers. Load one model per worker, or submit to a Detector"
+            )
+
+    def __reduce__(self) -> NoReturn:
+        raise ModelOwnershipError(
+            "A YoloModel cannot be pickled or copied: send its ModelSettings and load a private one on the other side"
+        )
+
+
+def hash_weights(weights: Path) -> str:
+    """SHA-256 over a weights file, or over the sorted files of an export folder (relative names and contents).
+
+    Raises:
+        ModelError: there is no such file or folder.
+    """
+    if not weights.exists():
+        raise ModelError(f"No weights at {weights}: give the path of a file or folder that ultralytics.YOLO can load")
+    if weights.is_file():
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in weights.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(weights)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _load_predictor(weights: Path, threads: int) -> Any:
+    """An Ultralytics predictor, set up and used once, so that its arguments, device and transforms are final."""
+    import torch
+    import ultralytics
+    from ultralytics.utils.events import events
+
+    events.enabled = False  # no usage reports from a server
+    ultralytics.utils.LOGGER.setLevel(logging.WARNING)
+    try:
+        model = ultralytics.YOLO(str(weights))
+        if model.task not in TASKS:
+            raise ModelError(f"{weights} is a model for '{model.task}'; served are {', '.join(TASKS)}")
+        torch.set_num_threads(threads)
+        model.predict(np.zeros((64, 64, 3), np.uint8), verbose=False, save=False)
+    except FleetError:
+        raise
+    except Exception as error:
+        raise ModelError(f"ultralytics.YOLO cannot load {weights}: {error}") from error
+    torch.set_num_threads(threads)  # again: select_device set it to the machine's cores in between
+    predictor: Any = model.predictor
+    if model.task != "classify":
+        predictor.pre_transform = lambda images: images  # letterboxed already, by prepare()
+    return predictor
+
+
+def _row(outputs: Any, index: int) -> Any:
+    """Image ``index`` of a batch's raw outputs, with a batch dimension of 1; training-only dictionaries are left out."""
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(_row(part, index) for part in outputs if not isinstance(part, dict))
+    return outputs[index : index + 1]
+
+
+def _detections(results: Any) -> tuple[Detection, ...]:
+    """Ultralytics' ``Results`` of one image as plain values; the same numbers that ``Results.summary()`` gives."""
+    if results.probs is not None:
+        top5 = zip(results.probs.top5, results.probs.top5conf.tolist(), strict=True)
+        return tuple(Detection(int(class_id), results.names[int(class_id)], conf) for class_id, conf in top5)
+    oriented = results.obb is not None
+    rows = (results.obb if oriented else results.boxes).cpu()
+    corners = rows.xyxyxyxy.tolist() if oriented else [None] * len(rows)
+    boxes = [None] * len(rows) if oriented else [tuple(box) for box in rows.xyxy.tolist()]
+    outlines = [_points(outline) for outline in results.masks.xy] if results.masks else [None] * len(rows)
+    poses = [] if results.keypoints is None else results.keypoints.data.cpu().numpy()
+    skeletons = [_points(pose) for pose in poses] if len(poses) else [None] * len(rows)
+    return tuple(
+        Detection(
+            class_id=int(class_id),
+            name=results.names[int(class_id)],
+            confidence=confidence,
+            box=box,
+            corners=_points(np.array(corner)) if oriented else None,
+            segments=outline,
+            keypoints=skeleton,
+        )
+        for class_id, confidence, box, corner, outline, skeleton in zip(
+            rows.cls.tolist(), rows.conf.tolist(), boxes, corners, outlines, skeletons, strict=True
+        )
+    )
+
+
+def _points(points: Any) -> Points:
+    columns = [tuple(column) for column in np.asarray(points, dtype=float).T.tolist()]
+    return Points(*columns) if columns else Points((), ())
+
+
+@contextmanager
+def _translate_out_of_memory(batch_size: int) -> Any:
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise EngineOutOfMemory(f"The GPU has no memory left for a batch of {batch_size}: lower max_batch") from error
+
+
+def _words(info: ModelInfo) -> tuple[str, str, str]:
+    return info.task, info.engine, info.device

@@ -1,0 +1,1 @@
+"""The shells around the core: Serve application, HTTP, command line, demo."""

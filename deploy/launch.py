@@ -1,0 +1,145 @@
+"""Ray on this machine, and the application on it until a signal comes.
+
+    local_ray() ─→ running_app(settings, port) ─→ ready ─→ SIGINT / SIGTERM ─→ drain ─→ Ray ends
+
+``RAY_ADDRESS`` set: the running cluster it names is used, and left running.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import serve
+
+from actors.errors import FleetError
+from actors.settings import ActorSettings
+from deploy.app import APP_NAME, build_app
+from deploy.settings import AppSettings
+
+ANY_HOST = "0.0.0.0"  # noqa: S104 - listening everywhere is the user's choice, never the default
+
+
+class LaunchError(FleetError):
+    """The application cannot be started on this machine or cluster."""
+
+    code = "launch_error"
+
+
+@contextmanager
+def local_ray(num_cpus: float | None = None) -> Iterator[None]:
+    """Start Ray on this machine and end it on leaving; or join the cluster that ``RAY_ADDRESS`` names.
+
+    Args:
+        num_cpus: CPUs that a local Ray offers; all of this machine's if None.
+    """
+    joining = "RAY_ADDRESS" in os.environ
+    local: dict[str, Any] = {} if joining else {"num_cpus": num_cpus, "include_dashboard": False}
+    ray.init(logging_level=logging.WARNING, log_to_driver=False, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def running_app(settings: AppSettings, host: str, port: int) -> Iterator[str]:
+    """Run the application; yields its address when every replica has answered real inferences, drains on leaving.
+
+    Args:
+        settings: the application.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+
+    Raises:
+        LaunchError: the port is taken, the reservations do not fit, or a model cannot be loaded.
+    """
+    port = port or free_port(host)
+    _check_port(host, port)
+    _check_reservations(settings)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    try:
+        try:
+            serve.run(build_app(settings), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
+        except RuntimeError as error:
+            raise LaunchError(_why_failed(error)) from error
+        yield f"http://{'127.0.0.1' if host == ANY_HOST else host}:{port}"
+    finally:
+        serve.shutdown()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, instead of interrupting whatever runs."""
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on at present."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def reservation(workers: int, num_cpus: float | None, num_gpus: float | None) -> ActorSettings:
+    """What each of ``workers`` actors reserves; None means an equal share of what Ray has here.
+
+    With a GPU an actor's CPU only feeds it, and one is enough.
+    """
+    offered = ray.cluster_resources()
+    if num_gpus is None:
+        gpus = offered.get("GPU", 0)
+        num_gpus = 1.0 if gpus >= workers else int(100 * gpus / workers) / 100
+    if num_cpus is None:
+        num_cpus = 1.0 if num_gpus else max(1, int(offered.get("CPU", 1) / workers))
+    return ActorSettings(num_cpus=num_cpus, num_gpus=num_gpus)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Give another --port, or end who has it"
+                " (an earlier run that was killed may have left its proxy behind)"
+            ) from error
+
+
+def _check_reservations(settings: AppSettings) -> None:
+    """Refuse at once what Ray would wait for without end."""
+    if ray.cluster_resources().get("autoscaler") or len(ray.nodes()) > 1:
+        return
+    for resource, flag in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        needed = sum(getattr(model.actor, flag) * max(model.replicas.min, 1) for model in settings.models)
+        offered = ray.cluster_resources().get(resource, 0)
+        if needed > offered + 1e-6:
+            kind = resource.lower()
+            raise LaunchError(
+                f"The replicas reserve {needed:g} {resource}s and Ray has {offered:g} here:"
+                f" lower --replicas or --{kind}s-per-replica"
+            )
+
+
+def _why_failed(error: RuntimeError) -> str:
+    """The replica's own sentence out of Serve's report, which quotes its whole traceback."""
+    statuses = serve.status().applications.get(APP_NAME)
+    messages = [deployment.message for deployment in statuses.deployments.values()] if statuses else []
+    for line in reversed("\n".join(messages).splitlines()):
+        _, found, sentence = line.partition("Error: ")
+        if found:
+            return sentence.strip()
+    return f"The application did not start: {error}"
