@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.errors import EngineOutOfMemory
 from actors.schemas import Detection, ImageResult, ModelInfo, PredictParams, Timing
@@ -26,7 +26,7 @@ from actors.settings import ModelSettings
 NAMES = {0: "zero", 1: "one", 2: "two", 3: "three"}
 CRASH_STATUS = 86
 
-Array = np.ndarray[Any, np.dtype[np.uint8]]
+Array = NDArray[np.uint8]
 
 
 class FakeModel:

@@ -16,12 +16,13 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from actors.errors import BadImage, ImageTooLarge
 from actors.settings import ImageLimits
 
-Array = np.ndarray[Any, np.dtype[np.uint8]]
+Array = NDArray[np.uint8]
 
 cv2.setNumThreads(0)  # decoding runs in our own pool; OpenCV's would fight the engine for the cores
 Image.MAX_IMAGE_PIXELS = None  # ImageLimits decide, by an error and not by a warning
@@ -144,9 +145,8 @@ def _decode_colour_tiff(buffer: Array) -> Array | None:
 
 def _decode_with_pillow(data: bytes) -> Array:
     with ImageOps.exif_transpose(Image.open(io.BytesIO(data))) as image:
-        pixels: Array = np.asarray(image.convert("RGB"))
-        return pixels[..., ::-1]
+        return _to_bytes(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
 
 
 def _to_bytes(image: Any) -> Array:
-    return (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else image.astype(np.uint8, copy=False)
+    return np.asarray(image >> 8 if image.dtype == np.uint16 else image, np.uint8)

@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.errors import BadRequest, EngineOutOfMemory, FleetError, ModelError, ModelOwnershipError
 from actors.fake_model import FakeModel
 from actors.schemas import TASKS, Detection, ImageResult, ModelInfo, Points, PredictParams, Timing
 from actors.settings import ModelSettings
 
-Array = np.ndarray[Any, np.dtype[np.uint8]]
+Array = NDArray[np.uint8]
 Bucket = tuple[Any, ...]
 
 END2END_CANDIDATES = 300  # ultralytics' predictor asks an end-to-end head for at least this many
@@ -143,14 +144,17 @@ class YoloModel:
             params: its thresholds; ``imgsz`` decides the letterbox target.
 
         Raises:
-            BadRequest: ``classes`` names ids that the model does not have, or ``imgsz`` is not what a fixed export takes.
+            BadRequest: ``classes`` names ids that the model does not have, ``imgsz`` is not what a fixed export takes, or
+                ``multi_label`` is asked of another task than ``detect``.
         """
         self._check_classes(params)
+        if params.multi_label and self._info.task != "detect":
+            raise BadRequest(f"'multi_label' is for detection models; this one is for '{self._info.task}': leave it out")
         imgsz = self._checked_imgsz(params.imgsz or self._imgsz)
         head = (max(params.max_det, END2END_CANDIDATES), params.agnostic_nms) if self._adjustable_head else ()
         if self._info.task == "classify":
             return Prepared(image, image, params, ("classify", imgsz))
-        inputs = self._letterbox(imgsz)(image=image)
+        inputs = self._letterbox(imgsz, params.rect)(image=image)
         return Prepared(image, inputs, params, (inputs.shape, *head))
 
     def predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
@@ -205,15 +209,18 @@ class YoloModel:
         predictor.args.max_det = params.max_det
         predictor.args.agnostic_nms = params.agnostic_nms
         predictor.batch = ([""], None, None)  # a path per image, which Results wants and nobody reads
-        (results,) = predictor.postprocess(outputs, inputs, [item.image])
+        if params.multi_label:
+            (results,) = predictor.construct_results(_every_class(outputs, params), inputs, [item.image])
+        else:
+            (results,) = predictor.postprocess(outputs, inputs, [item.image])
         height, width = item.image.shape[:2]
         return ImageResult(width, height, self._info.task, _detections(results))
 
-    def _letterbox(self, imgsz: tuple[int, int]) -> Any:
+    def _letterbox(self, imgsz: tuple[int, int], rect: bool) -> Any:
         from ultralytics.data.augment import LetterBox
 
         # As BasePredictor.pre_transform does it for one image: a rectangle where the engine takes any shape.
-        return LetterBox(imgsz, auto=self._flexible and self._args.rect, stride=self._predictor.model.stride)
+        return LetterBox(imgsz, auto=self._flexible and rect, stride=self._predictor.model.stride)
 
     def _checked_imgsz(self, imgsz: Sequence[int]) -> tuple[int, int]:
         """Round sides up to the stride, as ``check_imgsz`` does; refuse another size than a fixed export has."""
@@ -265,6 +272,24 @@ def hash_weights(weights: Path) -> str:
     return digest.hexdigest()
 
 
+def find_weights(name: str) -> Path | None:
+    """Weights that Ultralytics knows by ``name``: here, in its weights folder, or by its own download; None if nowhere."""
+    if Path(name).is_file():
+        return Path(name)
+    from ultralytics.utils import ONLINE, SETTINGS
+    from ultralytics.utils.downloads import attempt_download_asset
+
+    kept = Path(SETTINGS["weights_dir"]) / name
+    if kept.is_file() or not ONLINE:
+        return kept if kept.is_file() else None
+    try:
+        found = Path(attempt_download_asset(kept))
+    except Exception as error:  # a firewall, a full disk: whatever it is, the weights are not to be had
+        log.warning("%s could not be downloaded: %s", name, error)
+        return None
+    return found if found.is_file() else None
+
+
 def _load_predictor(weights: Path, threads: int) -> Any:
     """An Ultralytics predictor, set up and used once, so that its arguments, device and transforms are final."""
     import torch
@@ -295,6 +320,22 @@ def _row(outputs: Any, index: int) -> Any:
     if isinstance(outputs, (list, tuple)):
         return type(outputs)(_row(part, index) for part in outputs if not isinstance(part, dict))
     return outputs[index : index + 1]
+
+
+def _every_class(outputs: Any, params: PredictParams) -> list[Any]:
+    """Non-maximum suppression as ``DetectionValidator.postprocess`` calls it."""
+    from ultralytics.utils.nms import non_max_suppression
+
+    suppressed: list[Any] = non_max_suppression(
+        outputs,
+        params.conf,
+        params.iou,
+        params.classes,
+        params.agnostic_nms,
+        multi_label=True,
+        max_det=params.max_det,
+    )
+    return suppressed
 
 
 def _detections(results: Any) -> tuple[Detection, ...]:

@@ -31,6 +31,9 @@ class PredictParams:
         classes: class ids to keep; None keeps all.
         max_det: most detections per image.
         agnostic_nms: suppress across classes.
+        rect: letterbox to the smallest rectangle that holds the image, not to the whole of ``imgsz``.
+        multi_label: report every class of a box above ``conf``, not its best only. ``YOLO.val`` does so and
+            ``YOLO.predict`` cannot; for evaluation, on the task ``detect``.
     """
 
     conf: float = 0.25
@@ -39,6 +42,8 @@ class PredictParams:
     classes: tuple[int, ...] | None = None
     max_det: int = 300
     agnostic_nms: bool = False
+    rect: bool = True
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         for name in ("conf", "iou"):

@@ -99,7 +99,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Camera:
-    """How the picture is spoilt: defocus (pixels), motion smear (pixels, odd, 1 for none), sensor noise (grey levels)."""
+    """How the picture is spoilt: defocus and motion smear in pixels (smear is odd, 1 for none), noise in levels."""
 
     defocus: float
     smear: int
@@ -117,16 +117,11 @@ class World:
     light: Light
     camera: Camera
 
-    @property
-    def scale(self) -> float:
-        """How much larger this image is than the one the sizes are given for."""
-        return min(self.width, self.height) / REFERENCE_SIDE
-
 
 def draw_scene(seed: int, width: int = 480, height: int = 320) -> Scene:
     """One still picture of the belt. The same seed and size give the same scene; parts carry no track id."""
     rng = np.random.default_rng((seed, 0))
-    world = _make_world(rng, width, height, smear=rng.uniform(0, 1.6) * min(width, height) / REFERENCE_SIDE)
+    world = _make_world(rng, width, height, smear=rng.uniform(0, 1.6) * _scale(width, height))
     bodies = _scatter(rng, world, count=int(rng.integers(3, 15)), speed=0.0, frames=1)
     return _render(rng, world, [(None, body) for body in bodies], frame=0)
 
@@ -151,16 +146,20 @@ def draw_clip(seed: int, frames: int = 60, width: int = 480, height: int = 320, 
 
 
 def _make_world(rng: np.random.Generator, width: int, height: int, smear: float) -> World:
-    scale = min(width, height) / REFERENCE_SIDE
-    camera = Camera(defocus=rng.uniform(0, 0.8) * scale, smear=2 * round(smear) + 1, noise=rng.uniform(1.5, 5))
+    defocus = rng.uniform(0, 0.8) * _scale(width, height)
+    camera = Camera(defocus, smear=2 * round(smear) + 1, noise=rng.uniform(1.5, 5))
     return World(width, height, _belt(rng, width, height), _rails(height), _lamp(rng, width, height), camera)
+
+
+def _scale(width: int, height: int) -> float:
+    """How much larger an image is than the one the sizes are given for."""
+    return min(width, height) / REFERENCE_SIDE
 
 
 def _belt(rng: np.random.Generator, width: int, height: int) -> Field:
     """Woven rubber: a base colour, stains, scuffs along the way it runs, a weave, and the splice of its two ends."""
-    cells = 9
-    stains = _noise(rng, width, height, cells, cells) - 0.5
-    scuffs = _noise(rng, width, height, 6, height // 2) - 0.5
+    stains = _noise(rng, width, height, columns=9, rows=9) - 0.5
+    scuffs = _noise(rng, width, height, columns=6, rows=height // 2) - 0.5
     threads = max(1, width // 6)
     x = np.arange(width, dtype=np.float32) * np.float32(2 * np.pi * threads / width)
     y = np.arange(height, dtype=np.float32)[:, None] * np.float32(2 * np.pi * threads / width)
@@ -223,7 +222,7 @@ def _scatter(rng: np.random.Generator, world: World, count: int, speed: float, f
 
 def _random_body(rng: np.random.Generator, world: World, speed: float, frames: int) -> Body:
     class_id = int(rng.integers(len(CLASS_NAMES)))
-    radius = rng.uniform(*RADII[class_id]) * world.scale
+    radius = rng.uniform(*RADII[class_id]) * _scale(world.width, world.height)
     own_speed = speed * rng.uniform(1 - SLIP, 1 + SLIP)
     upstream = own_speed * frames
     margin = INSIDE * radius
@@ -362,18 +361,18 @@ def _render(
     canvas = canvas * (1 - world.rails[:, None, 3:]) + world.rails[:, None, :3]
     parts = []
     for track_id, body in tracks:
-        x = body.x_at(frame)
-        patch = _patch(body, x, world)
+        patch = _patch(body, frame, world)
         if patch is None:
             continue
         _paint(canvas, patch, body, world.light)
-        if 0 <= x <= world.width:
+        if 0 <= patch.centre[0] <= world.width:
             parts.append(_label(patch, body.class_id, track_id, world))
     return Scene(_expose(rng, canvas, world), tuple(parts))
 
 
-def _patch(body: Body, x: float, world: World) -> Patch | None:
+def _patch(body: Body, frame: int, world: World) -> Patch | None:
     """The body's fields where it, its soft edge or its shadow can be; None when that is outside the image."""
+    x = body.x_at(frame)
     reach = body.radius * (1.1 + 2 * THICKNESS[body.class_id])
     left, right = max(0, int(x - reach)), min(world.width, int(x + reach) + 1)
     top, bottom = max(0, int(body.y - reach)), min(world.height, int(body.y + reach) + 1)
@@ -395,18 +394,13 @@ def _fields(body: Body, dx: Field, dy: Field) -> tuple[Field, Field]:
 def _label(patch: Patch, class_id: int, track_id: int | None, world: World) -> Part:
     """The tight box: every pixel inside the outline holds a disc that reaches to it; the box is that of all discs."""
     inside = np.minimum(patch.outline, 0)
-    x1 = np.where(inside < 0, patch.x + inside, world.width).min()
-    y1 = np.where(inside < 0, patch.y + inside, world.height).min()
-    x2 = np.where(inside < 0, patch.x - inside, 0).max()
-    y2 = np.where(inside < 0, patch.y - inside, 0).max()
-    return Part(
-        class_id,
-        max(0.0, float(x1)),
-        max(0.0, float(y1)),
-        min(world.width, float(x2)),
-        min(world.height, float(y2)),
-        track_id,
-    )
+    x1 = np.where(inside < 0, patch.x + inside, np.inf).min()
+    y1 = np.where(inside < 0, patch.y + inside, np.inf).min()
+    x2 = np.where(inside < 0, patch.x - inside, -np.inf).max()
+    y2 = np.where(inside < 0, patch.y - inside, -np.inf).max()
+    x1, x2 = np.clip((x1, x2), 0, world.width)
+    y1, y2 = np.clip((y1, y2), 0, world.height)
+    return Part(class_id, float(x1), float(y1), float(x2), float(y2), track_id)
 
 
 def _paint(canvas: Field, patch: Patch, body: Body, light: Light) -> None:
@@ -438,15 +432,17 @@ def _metal(patch: Patch, body: Body, light: Light) -> Field:
     sky = 0.16 * slope_y * upright
     tone = 0.24 + 0.62 * lit - sky + _turning_marks(patch, body, light)
     metal: Field = tone[..., None] * np.asarray(body.metal, np.float32)
-    return metal + 150 * np.clip(glint, 0, 1)[..., None] ** 40
+    highlight: Field = 150 * np.clip(glint, 0, 1)[..., None] ** 40
+    return metal + highlight
 
 
 def _turning_marks(patch: Patch, body: Body, light: Light) -> Field:
     """Lathe marks gather the light in a bow tie across it; fine rings follow the tool."""
     dx, dy = patch.x - np.float32(patch.centre[0]), patch.y - np.float32(patch.centre[1])
     r = np.hypot(dx, dy)
-    across: Field = ((dx * light.x + dy * light.y) / np.maximum(r, 1)) ** 2 / (light.x**2 + light.y**2)
-    return 0.2 * (across - 0.5) + 0.03 * np.sin(r * (2.1 + body.variant))
+    across = ((dx * light.x + dy * light.y) / np.maximum(r, 1)) ** 2 / (light.x**2 + light.y**2)
+    marks: Field = 0.2 * (across - 0.5) + 0.03 * np.sin(r * (2.1 + body.variant))
+    return marks
 
 
 def _expose(rng: np.random.Generator, canvas: Field, world: World) -> npt.NDArray[np.uint8]:
@@ -478,4 +474,4 @@ def _bell(sigma: float) -> Field:
     """Weights of a normal distribution, `sigma` in pixels; a single 1 for hardly any."""
     reach = int(np.ceil(2 * sigma)) if sigma > 0.2 else 0
     bell: Field = np.exp(-0.5 * (np.arange(-reach, reach + 1, dtype=np.float32) / np.float32(max(sigma, 0.2))) ** 2)
-    return bell / bell.sum()
+    return bell / float(bell.sum())

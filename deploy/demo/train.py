@@ -37,17 +37,18 @@ TEST_IMGSZ = (320, 640)
 DEFAULT_IMGSZ = 320  # what `YOLO("parts.pt").predict` uses unless told otherwise
 
 TRAINING: dict[str, Any] = {
-    "epochs": 24,
+    "epochs": 16,
     "imgsz": 320,
-    "batch": 16,
+    "batch": 8,
+    "nbs": 8,  # step after every batch: gradients are not gathered up to the usual 64 images
     "optimizer": "AdamW",
-    "lr0": 0.004,
+    "lr0": 0.002,
     "lrf": 0.02,
     "cos_lr": True,
     "warmup_epochs": 1.0,
     "scale": 0.5,  # zooms by 0.5 to 1.5: with TRAIN_SIZES, parts are seen as large as at an imgsz of 160 to 720
     "flipud": 0.5,
-    "close_mosaic": 6,
+    "close_mosaic": 4,
     "seed": 0,
     "workers": 1,
     "cache": "ram",
@@ -106,7 +107,7 @@ def build(folder: Path, weights: Path, training: dict[str, Any], seeds: range) -
 
 
 def draw_split(folder: Path, seeds: Iterable[int], sizes: Sequence[tuple[int, int]]) -> None:
-    """Write each seed's scene as `images/SEED.jpg` and its boxes as `labels/SEED.txt`; sizes (width, height) alternate."""
+    """Write each seed's scene as `images/SEED.jpg`, its boxes as `labels/SEED.txt`; sizes (width, height) alternate."""
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
     for seed in seeds:
