@@ -120,6 +120,7 @@ class Detector:
 
     def _decode(self, data: bytes, params: PredictParams, answer: Future[ImageResult]) -> None:
         if answer.cancelled():
+            answer.set_running_or_notify_cancel()  # wakes whoever waits for it
             return
         started = time.perf_counter()
         try:

@@ -25,6 +25,7 @@ from actors.settings import ImageLimits
 Array = NDArray[np.uint8]
 
 cv2.setNumThreads(0)  # decoding runs in our own pool; OpenCV's would fight the engine for the cores
+Image.init()  # all plugins, which Image.OPEN then names
 Image.MAX_IMAGE_PIXELS = None  # ImageLimits decide, by an error and not by a warning
 warnings.filterwarnings("ignore", module="PIL")  # odd metadata in a client's file is not our operator's concern
 
@@ -59,7 +60,7 @@ def decode_image(data: bytes, limits: ImageLimits) -> Array:
     kind = _sniff(data)
     if len(data) > limits.max_image_mb * 1e6:
         raise ImageTooLarge(f"The image has {len(data) / 1e6:.1f} MB; at most {limits.max_image_mb:g} MB are accepted")
-    _check_size(data, limits)
+    _check_size(data, kind, limits)
     if not _is_complete(data, kind):
         raise BadImage("The image is truncated: send the whole file")
     try:
@@ -89,8 +90,8 @@ def _sniff(data: bytes) -> str:
     raise BadImage(f"This is not an image that can be read: send {SUPPORTED}")
 
 
-def _check_size(data: bytes, limits: ImageLimits) -> None:
-    width, height = _header_size(data)
+def _check_size(data: bytes, kind: str, limits: ImageLimits) -> None:
+    width, height = _header_size(data, kind)
     if width * height > limits.max_megapixels * 1e6 or max(width, height) > limits.max_side_px:
         raise ImageTooLarge(
             f"The image is {width}x{height} pixels; at most {limits.max_megapixels:g} megapixels"
@@ -98,9 +99,15 @@ def _check_size(data: bytes, limits: ImageLimits) -> None:
         )
 
 
-def _header_size(data: bytes) -> tuple[int, int]:
+def _open(data: bytes, kind: str) -> Image.Image:
+    """Open with the plugin of the signature's kind; ``Image.open`` would try others, and ultralytics patches it."""
+    factory, _ = Image.OPEN[kind]
+    return factory(io.BytesIO(data), "")
+
+
+def _header_size(data: bytes, kind: str) -> tuple[int, int]:
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with _open(data, kind) as header:
             return header.size
     except Exception as error:  # Pillow's plugins raise many types for a header that they cannot read
         raise BadImage("The image's header cannot be read: the file is truncated or corrupt") from error
@@ -115,7 +122,7 @@ def _is_complete(data: bytes, kind: str) -> bool:
     if kind == "WEBP":
         return len(data) >= int.from_bytes(data[4:8], "little") + 8
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data, kind) as image:
             image.load()
     except OSError as error:
         # Pillow reads fewer kinds of TIFF and BMP than OpenCV: only a file that ends too early is our concern here.
@@ -144,7 +151,7 @@ def _decode_colour_tiff(buffer: Array) -> Array | None:
 
 
 def _decode_with_pillow(data: bytes) -> Array:
-    with ImageOps.exif_transpose(Image.open(io.BytesIO(data))) as image:
+    with ImageOps.exif_transpose(_open(data, "AVIF")) as image:
         return _to_bytes(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
 
 

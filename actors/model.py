@@ -170,9 +170,9 @@ class YoloModel:
             ModelOwnershipError: called from another thread or process than the one that loaded the model.
             EngineOutOfMemory: the device cannot hold this batch.
         """
+        self._check_owner()
         import torch
 
-        self._check_owner()
         with torch.inference_mode(), _translate_out_of_memory(len(batch)):
             return self._predict(batch)
 

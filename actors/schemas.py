@@ -8,7 +8,7 @@ so that a result costs little to pickle and can be compared with ``==``.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from actors.errors import BadRequest
@@ -115,7 +115,7 @@ class ImageResult:
     height: int
     task: Task
     detections: tuple[Detection, ...]
-    timing: Timing = Timing()
+    timing: Timing = field(default=Timing(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,17 +33,16 @@ DETECTION = pa.struct(
 )
 """One detection. Pixels of the upright original; what the task does not have is null."""
 
-SCHEMA = pa.schema(
-    [
-        ("uri", pa.string()),
-        ("sha256", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("model", pa.string()),
-        ("task", pa.string()),
-        pa.field("detections", pa.list_(DETECTION)),
-    ]
-)
+_COLUMNS: list[pa.Field[Any]] = [
+    pa.field("uri", pa.string()),
+    pa.field("sha256", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("model", pa.string()),
+    pa.field("task", pa.string()),
+    pa.field("detections", pa.list_(DETECTION)),
+]
+SCHEMA = pa.schema(_COLUMNS)
 """One row an image. ``sha256`` is the hash of the encoded file."""
 
 

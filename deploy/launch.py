@@ -32,7 +32,7 @@ class LaunchError(FleetError):
 
 
 @contextmanager
-def local_ray(num_cpus: float | None = None) -> Iterator[None]:
+def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     """Start Ray on this machine and end it on leaving; or join the cluster that ``RAY_ADDRESS`` names.
 
     Args:
@@ -71,7 +71,7 @@ def running_app(settings: AppSettings, host: str, port: int) -> Iterator[str]:
             raise LaunchError(_why_failed(error)) from error
         yield f"http://{'127.0.0.1' if host == ANY_HOST else host}:{port}"
     finally:
-        serve.shutdown()
+        serve.delete(APP_NAME)  # drains: requests in flight are answered
 
 
 @contextmanager

@@ -39,7 +39,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from actors.dataset import list_inputs, read_input
 from actors.detector import Detector
@@ -62,12 +64,12 @@ Answer = tuple[Row, ...]
 T = TypeVar("T")
 
 TITLES: dict[Mode, str] = {
-    "reference": "reference: one call after another",
+    "reference": "reference: one call at a time",
     "a": "(a) one YOLO shared by threads",
-    "b": "(b) a YOLO per thread, made outside it",
-    "c": "(c) a YOLO per thread, made inside it",
-    "d": "(d) process pool, a YOLO in each process",
-    "e": "(e) yolofleet: Ray actors, a Detector in each",
+    "b": "(b) YOLO per thread, made outside",
+    "c": "(c) YOLO per thread, made inside",
+    "d": "(d) process pool, YOLO in each",
+    "e": "(e) yolofleet's Ray actors",
 }
 MEMORY_NOTE = "sum of the peak resident sets of the mode's processes, Ray's own among them; shared pages count in each"
 LIMITS = ImageLimits()
@@ -244,20 +246,21 @@ def run_race(
 
 def render(report: RaceReport) -> Table:
     """The race as a table, for the terminal and the README."""
-    facts = (
-        f"{report.weights}, {report.images} images at {report.imgsz}, {len(report.callers)} callers, {report.rounds} rounds"
-    )
+    callers = len(report.callers)
+    facts = f"{report.weights}, {report.images} images x {callers} callers x {report.rounds} rounds at {report.imgsz}"
     place = f"{report.cores} cores, {report.device}, " + ", ".join(f"{name} {it}" for name, it in report.versions.items())
-    table = Table(title=facts, caption=f"{place}\npeak memory: {MEMORY_NOTE}")
-    table.add_column("mode")
-    for heading in ("models x threads", "wrong answers", "errors", "images/s", "peak memory MB"):
-        table.add_column(heading, justify="right")
+    reasons = [f"{line.title}: {line.first_error}" for line in report.modes if line.first_error]
+    caption = Text("\n".join([place, f"peak MB: {MEMORY_NOTE}", *reasons]))
+    table = Table(title=facts, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("mode", no_wrap=True)
+    for heading in ("models x\nthreads", "wrong\nanswers", "errors", "images/s", "peak\nMB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for line in report.modes:
         table.add_row(
             line.title,
             f"{line.models} x {line.threads}",
-            _flagged(line.wrong, line.calls),
-            _flagged(line.errors, line.calls),
+            _flagged(line.wrong),
+            _flagged(line.errors),
             "-" if line.images_per_s is None else f"{line.images_per_s:.1f}",
             "-" if line.peak_memory_mb is None else f"{line.peak_memory_mb:,.0f}",
         )
@@ -298,9 +301,8 @@ def thresholds(callers: int, imgsz: int, class_ids: Sequence[int]) -> tuple[Pred
 
 
 def _judge(mode: Mode, course: Course, expected: list[list[Answer]], run: Run | Failed, *, calls: int) -> ModeReport:
-    models, threads = _plan(mode, course)
     if isinstance(run, Failed):
-        return ModeReport(mode, TITLES[mode], models, threads, calls, 0, calls, run.reason, None, None)
+        return ModeReport(mode, TITLES[mode], *_plan(mode, course), calls, 0, calls, run.reason, None, None)
     wrong, failures = 0, []
     for reference, answers in zip(expected, run.answers, strict=True):
         for index, answer in enumerate(answers):
@@ -330,8 +332,8 @@ def _answered(answer: Answer | Failed) -> Answer:
     return answer
 
 
-def _flagged(count: int, calls: int) -> str:
-    return f"[bold red]{count} of {calls}[/]" if count else "0"
+def _flagged(count: int) -> str:
+    return f"[bold red]{count}[/]" if count else "0"
 
 
 # -- processes -----------------------------------------------------------------------------------------------------------
@@ -371,9 +373,9 @@ def _child(results: Connection, function: Callable[..., Any], args: tuple[Any, .
 
 
 def _reason(error: Exception) -> str:
-    """An error's class and last line: the text of one that crossed a process starts with the remote traceback."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+    """An error's class and its sentence: the first line, or the last where Ray puts the remote traceback before it."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[-1 if 'ray::' in lines[0] else 0]}"
 
 
 def _tree(root: int) -> list[int]:

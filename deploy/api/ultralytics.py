@@ -12,7 +12,7 @@ import time
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Form, Request, UploadFile
+from fastapi import APIRouter, Form, Request, Response, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actors.errors import BadRequest, FleetError
@@ -72,7 +72,9 @@ class PredictForm(BaseModel):
 
 
 @router.post("/predict")
-async def predict(request: Request, fleet: TheFleet, form: Annotated[PredictForm, Form()]) -> dict[str, Any]:
+async def predict(
+    request: Request, response: Response, fleet: TheFleet, form: Annotated[PredictForm, Form()]
+) -> dict[str, Any]:
     """Detect, segment, classify, estimate poses or oriented boxes in one or several images."""
     started = time.monotonic()
     params = form.params()
@@ -80,8 +82,9 @@ async def predict(request: Request, fleet: TheFleet, form: Annotated[PredictForm
     images = await form.images(request.app.state.limits.max_images_per_request)
     answers = await asyncio.gather(*(_detect(fleet, form.model, label, data, params, images) for label, data in images))
     now = time.monotonic()
+    response.headers["x-replica"] = ",".join(sorted({replica for _, replica in answers}))
     return {
-        "images": [image_answer(result, form.normalize, form.decimals) for result in answers],
+        "images": [image_answer(result, form.normalize, form.decimals) for result, _ in answers],
         "metadata": {
             "imageCount": len(images),
             "functionTimeAlive": round(now - request.app.state.started, 3),
@@ -151,14 +154,13 @@ def _points(points: Points, scale: tuple[int, int], decimals: int) -> dict[str, 
 
 async def _detect(
     fleet: TheFleet, model: str | None, label: str, data: bytes, params: PredictParams, images: list[tuple[str, bytes]]
-) -> ImageResult:
+) -> tuple[ImageResult, str]:
     try:
-        result, _ = await fleet.detect(model, data, params)
+        return await fleet.detect(model, data, params)
     except FleetError as error:
         if len(images) > 1:
             raise type(error)(f"{label}: {error.message}") from error
         raise
-    return result
 
 
 def _decode_source(source: str) -> bytes:

@@ -1,0 +1,103 @@
+"""Detector on FakeModel: answers reach their callers, batches form, faults stay with the input that caused them."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+
+import pytest
+
+from actors.detector import Detector
+from actors.errors import BadImage, EngineOutOfMemory, ModelError
+from actors.fake_model import FakeModel, fake_result
+from actors.images import decode_image
+from actors.schemas import ImageResult, PredictParams
+from actors.settings import ImageLimits, ModelSettings
+from tests.conftest import picture
+
+LIMITS = ImageLimits()
+
+
+@contextmanager
+def detector(options: str = "", max_batch: int = 8) -> Iterator[Detector]:
+    """A Detector on ``fake:?options``, closed on leaving."""
+    settings = ModelSettings(name="fake", weights=f"fake:?{options}")
+    made = Detector(lambda: FakeModel(settings), LIMITS, max_batch=max_batch)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def expected(data: bytes, params: PredictParams) -> ImageResult:
+    return fake_result(decode_image(data, LIMITS), params)
+
+
+def test_every_caller_gets_the_answer_for_its_own_image_and_thresholds() -> None:
+    work = [(picture(64 + 16 * (n % 3), blue=n), PredictParams(conf=(n % 10) / 10)) for n in range(200)]
+    with detector("slow_ms=1") as fleet:
+        answers = [fleet.submit(*item).result for item in work]
+        results = [answer() for answer in answers]
+    assert [result.detections for result in results] == [expected(*item).detections for item in work]
+    assert max(result.timing.batch_size for result in results) > 1
+
+
+def test_images_of_different_shapes_do_not_share_a_batch() -> None:
+    with detector("slow_ms=20") as fleet:
+        futures = [fleet.submit(picture(64 if n % 2 else 80), PredictParams()) for n in range(16)]
+        results = [future.result() for future in futures]
+    assert {result.width for result in results} == {64, 80}
+
+
+def test_a_bad_image_fails_alone() -> None:
+    with detector() as fleet:
+        futures = [fleet.submit(b"bad" if n == 3 else picture(), PredictParams()) for n in range(8)]
+        wait(futures)
+    assert [type(future.exception()) for future in futures] == [BadImage if n == 3 else type(None) for n in range(8)]
+
+
+def test_an_unexpected_error_reaches_its_own_caller_only() -> None:
+    with detector("fail=240&slow_ms=5") as fleet:
+        futures = [fleet.submit(picture(blue=240 if n == 5 else 0), PredictParams()) for n in range(12)]
+        wait(futures)
+    assert [n for n, future in enumerate(futures) if future.exception()] == [5]
+
+
+def test_out_of_memory_halves_the_batch_and_nobody_gets_an_error() -> None:
+    with detector("oom=2&slow_ms=5", max_batch=16) as fleet:
+        futures = [fleet.submit(picture(), PredictParams()) for _ in range(40)]
+        sizes = [future.result().timing.batch_size for future in futures]
+    assert 1 < max(sizes) <= 2
+
+
+def test_out_of_memory_on_one_image_is_an_error() -> None:
+    with pytest.raises(EngineOutOfMemory), detector("oom=0"):
+        pass
+
+
+def test_cancelled_work_is_dropped_before_inference() -> None:
+    with detector("slow_ms=50", max_batch=1) as fleet:
+        futures: list[Future[ImageResult]] = [fleet.submit(picture(), PredictParams()) for _ in range(6)]
+        cancelled = futures[-1].cancel()
+        wait(futures)
+    assert cancelled and all(future.done() for future in futures)
+
+
+def test_a_model_that_cannot_be_loaded_fails_the_constructor() -> None:
+    def load() -> FakeModel:
+        raise ModelError("no weights")
+
+    with pytest.raises(ModelError, match="no weights"):
+        Detector(load, LIMITS)
+
+
+def test_health_is_a_real_inference_on_the_model_thread() -> None:
+    with detector() as fleet:
+        fleet.check_health()
+    with detector("fail=0") as unhealthy, pytest.raises(RuntimeError, match="fails for this image"):
+        unhealthy.check_health()
+
+
+def test_closing_answers_what_was_accepted() -> None:
+    with detector("slow_ms=10") as fleet:
+        futures = [fleet.submit(picture(), PredictParams()) for _ in range(20)]
+    assert all(future.result().detections for future in futures)

@@ -1,0 +1,120 @@
+"""The private model: who may call it, what it refuses, and what its words are. On the embedded weights."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.errors import BadRequest, ModelError, ModelOwnershipError
+from actors.model import YoloModel, hash_weights
+from actors.schemas import PredictParams
+from actors.settings import ModelSettings
+from deploy.demo.scene import draw_scene
+from deploy.weights import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def model() -> YoloModel:
+    return YoloModel(EMBEDDED)
+
+
+def _predict(model: YoloModel) -> object:
+    return model.predict([model.prepare(draw_scene(5).image, PredictParams())])
+
+
+def test_the_owner_gets_answers(model: YoloModel) -> None:
+    assert _predict(model) == _predict(model)
+
+
+def test_another_thread_is_refused(model: YoloModel) -> None:
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            _predict(model)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert isinstance(caught[0], ModelOwnershipError)
+    assert "belongs to the thread that loaded it" in str(caught[0])
+
+
+FORK = """
+import os, sys
+from actors.errors import ModelOwnershipError
+from actors.model import YoloModel
+from deploy.weights import EMBEDDED
+model = YoloModel(EMBEDDED)
+child = os.fork()
+if child == 0:
+    try:
+        model.predict([])
+    except ModelOwnershipError:
+        os._exit(7)
+    os._exit(1)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_is_refused() -> None:
+    """A fork keeps the thread's identity, so that only the process id tells."""
+    assert subprocess.run([sys.executable, "-c", FORK], timeout=60, check=False).returncode == 7
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_pickling_and_copying_are_refused(model: YoloModel, duplicate: object) -> None:
+    with pytest.raises(ModelOwnershipError, match="load a private one"):
+        duplicate(model)  # type: ignore[operator]
+
+
+def test_missing_weights_say_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="No weights at"):
+        YoloModel(ModelSettings(name="x", weights=str(tmp_path / "none.pt")))
+
+
+def test_a_file_that_is_no_model_is_an_expected_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="cannot load"):
+        YoloModel(ModelSettings(name="x", weights=str(tmp_path / "bad.pt")))
+
+
+def test_pinned_weights_of_another_hash_are_refused() -> None:
+    with pytest.raises(ModelError, match="pin"):
+        YoloModel(ModelSettings(name="x", weights=EMBEDDED.weights, sha256="0" * 64))
+
+
+def test_a_folder_of_weights_is_hashed_by_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    before = hash_weights(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert hash_weights(tmp_path) != before
+
+
+def test_unknown_classes_name_the_known_ones(model: YoloModel) -> None:
+    with pytest.raises(BadRequest, match="0 to 3"):
+        model.prepare(np.zeros((8, 8, 3), np.uint8), PredictParams(classes=(4,)))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"conf": -0.1},
+        {"conf": 1.1},
+        {"conf": float("nan")},
+        {"iou": 2.0},
+        {"max_det": 0},
+        {"imgsz": (8, 8)},
+        {"classes": (-1,)},
+    ],
+)
+def test_parameters_out_of_range_are_refused(params: dict[str, object]) -> None:
+    with pytest.raises(BadRequest, match=next(iter(params))):
+        PredictParams(**params)  # type: ignore[arg-type]
