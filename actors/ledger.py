@@ -169,6 +169,7 @@ class Ledger:
 
     def _clear(self) -> None:
         shutil.rmtree(self._detections, ignore_errors=True)
+        self._drop_pending()
         for name in ("errors.jsonl", "summary.json", "job.json"):
             (self.root / name).unlink(missing_ok=True)
 

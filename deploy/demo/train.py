@@ -39,7 +39,7 @@ DEFAULT_IMGSZ = 320  # what `YOLO("parts.pt").predict` uses unless told otherwis
 
 TRAINING: dict[str, Any] = {
     "epochs": 16,
-    "imgsz": 320,
+    "imgsz": 352,
     "batch": 8,
     "nbs": 8,  # step after every batch: gradients are not gathered up to the usual 64 images
     "optimizer": "AdamW",
@@ -47,8 +47,8 @@ TRAINING: dict[str, Any] = {
     "lrf": 0.02,
     "cos_lr": True,
     "warmup_epochs": 1.0,
-    "multi_scale": 0.5,  # batches of 160 to 480 pixels: a server may ask for any size, parts come small and large
-    "scale": 0.4,
+    "multi_scale": 0.35,  # batches of 224 to 480 pixels: a server may ask for any size, parts come small and large
+    "scale": 0.3,
     "flipud": 0.5,
     "close_mosaic": 4,
     "seed": 0,
@@ -129,12 +129,15 @@ def _label_line(part: Part, width: int, height: int) -> str:
 
 def train(folder: Path, data: Path, weights: Path, training: dict[str, Any]) -> int:
     """Train from random weights and export to `weights`; returns the number of parameters."""
+    import torch
     import ultralytics
     from ultralytics.models import YOLO
 
     base = Path(ultralytics.__file__).parent / "cfg" / "models" / "26" / ARCHITECTURE
     architecture = yaml.safe_load(base.read_text()) | {"scales": SCALE, "scale": "p"}
     model = YOLO(_write_yaml(folder / "parts-yolo26p.yaml", architecture), task="detect")
+    # ultralytics leaves one core to the desktop: of two, that would be half
+    model.add_callback("on_train_start", lambda _: torch.set_num_threads(os.cpu_count() or 1))
     model.train(data=str(data), project=str(folder), name="run", **training)
     return export(folder / "run" / "weights" / "last.pt", weights)
 
