@@ -307,7 +307,8 @@ def _load_predictor(weights: Path, threads: int) -> Any:
     except FleetError:
         raise
     except Exception as error:
-        raise ModelError(f"ultralytics.YOLO cannot load {weights}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"ultralytics.YOLO cannot load {weights}: {reason}") from error
     torch.set_num_threads(threads)  # again: select_device set it to the machine's cores in between
     predictor: Any = model.predictor
     if model.task != "classify":

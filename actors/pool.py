@@ -20,12 +20,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.dataset import Shard, read_input
 from actors.detector import Detector
 from actors.errors import BadImage, FleetError, ModelError
+from actors.images import encode_jpeg
 from actors.ledger import DeadLetter, Ledger, Manifest
 from actors.model import load_model
 from actors.schemas import ImageResult, ModelInfo, PredictParams
@@ -56,18 +58,27 @@ class ShardActor:
 
     def __init__(self, settings: PoolSettings) -> None:
         self._settings = settings
-        threads = settings.actor.threads
-        self._window = 2 * settings.model.max_batch + threads  # images in flight per shard: bounds the memory
+        self._window = 2 * settings.model.max_batch + settings.actor.threads  # images in flight: bounds the memory
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="read")
+        self._detector: Detector
+
+    def load(self) -> ModelInfo:
+        """Load and warm the model, and try the job's parameters on it.
+
+        Not in the constructor: an error of a method keeps its type on the way to the driver, a constructor's does not.
+
+        Raises:
+            ModelError, BadRequest: the weights, or the parameters with these weights, cannot be used.
+        """
+        model, threads = self._settings.model, self._settings.actor.threads
         self._detector = Detector(
-            lambda: load_model(settings.model, threads),
-            settings.limits,
-            max_batch=settings.model.max_batch,
+            lambda: load_model(model, threads),
+            self._settings.limits,
+            max_batch=model.max_batch,
             decode_threads=max(2, threads),
         )
-        self._readers = ThreadPoolExecutor(4, thread_name_prefix="read")
-
-    def ready(self) -> ModelInfo:
-        """Answers once the model is warm."""
+        grey = encode_jpeg(np.full((64, 64, 3), 114, np.uint8))
+        self._detector.submit(grey, self._settings.params).result()
         return self._detector.info
 
     def process(self, shard: Shard) -> Manifest:
@@ -141,7 +152,7 @@ class _Worker:
             )
             .remote(settings)
         )
-        self.starting: Any = self.actor.ready.remote()
+        self.starting: Any = self.actor.load.remote()
         self.in_flight: dict[Any, _Work] = {}
 
     def accepts(self, work: _Work) -> bool:
@@ -222,9 +233,6 @@ class _Pool:
     def _replace(self, worker: _Worker, workers: list[_Worker], error: RayActorError) -> None:
         if worker.starting is not None:
             self._failed_starts += 1
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, FleetError):
-                raise cause from None
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise ModelError(f"{self._failed_starts} actors died while loading the model: {error}") from None
         suspects = list(worker.in_flight.values())

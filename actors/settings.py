@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -44,11 +45,12 @@ class ModelSettings(Settings):
 
     @classmethod
     def from_flag(cls, flag: str) -> ModelSettings:
-        """Read ``NAME=WEIGHTS`` or plain ``WEIGHTS``, whose file name without its suffix becomes the name."""
+        """Read ``NAME=WEIGHTS``, or plain ``WEIGHTS``, whose file name without its suffix becomes the name."""
         name, separator, weights = flag.partition("=")
-        if not separator:
-            name, weights = Path(flag).name.split(".")[0], flag
-        return cls(name=name, weights=weights)
+        if separator and re.fullmatch(MODEL_NAME, name):
+            return cls(name=name, weights=weights)
+        stem = Path(flag).name.split(".")[0].partition("?")[0]
+        return cls(name=re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "model", weights=flag)
 
 
 class ActorSettings(Settings):

@@ -41,6 +41,7 @@ def _deployment(model: ServedModel, args: AppSettings) -> Any:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=30,
         max_surge_percent=100,
+        max_constructor_retry_count=2,  # weights that cannot be loaded do not get better
         ray_actor_options={"num_cpus": model.actor.num_cpus, "num_gpus": model.actor.num_gpus},
         **_scale(model),
     )

@@ -46,10 +46,10 @@ def serve(
     from deploy.settings import AppSettings, Replicas, ServedModel
     from deploy.weights import models_from_flags
 
-    with explained(), stop_signals() as stop:
+    with explained():
         count = Replicas.from_flag(replicas)
         models = models_from_flags(model or [], console.print)
-        with local_ray():
+        with local_ray(), stop_signals() as stop:  # in this order: ray.init takes SIGTERM for itself
             actor = reservation(len(models) * count.max, cpus_per_replica, gpus_per_replica)
             served = tuple(ServedModel(**each.model_dump(), replicas=count, actor=actor) for each in models)
             with running_app(AppSettings(models=served), host, port) as address:
@@ -171,6 +171,8 @@ def explained() -> Iterator[None]:
         _leave(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
     except ValueError as error:
         _leave(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _leave(sentence: str) -> None:

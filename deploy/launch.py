@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
+import numpy as np
 import ray
 from ray import serve
 
 from actors.errors import FleetError
+from actors.images import encode_jpeg
 from actors.settings import ActorSettings
 from deploy.app import APP_NAME, build_app
 from deploy.settings import AppSettings
@@ -60,7 +63,8 @@ def running_app(settings: AppSettings, host: str, port: int) -> Iterator[str]:
         LaunchError: the port is taken, the reservations do not fit, or a model cannot be loaded.
     """
     port = port or free_port(host)
-    _check_port(host, port)
+    if not serve.status().proxies:  # else Serve runs here already, on a port of its own
+        _check_port(host, port)
     _check_reservations(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
@@ -69,7 +73,9 @@ def running_app(settings: AppSettings, host: str, port: int) -> Iterator[str]:
             serve.run(build_app(settings), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
         except RuntimeError as error:
             raise LaunchError(_why_failed(error)) from error
-        yield f"http://{'127.0.0.1' if host == ANY_HOST else host}:{port}"
+        address = f"http://{'127.0.0.1' if host == ANY_HOST else host}:{port}"
+        _check_answers(address, settings)
+        yield address
     finally:
         serve.delete(APP_NAME)  # drains: requests in flight are answered
 
@@ -117,6 +123,21 @@ def _check_port(host: str, port: int) -> None:
                 f"Cannot listen on {host}:{port}: {error.strerror}. Give another --port, or end who has it"
                 " (an earlier run that was killed may have left its proxy behind)"
             ) from error
+
+
+def _check_answers(address: str, settings: AppSettings) -> None:
+    """One real request per model over real HTTP: the last link that the replicas' own warm-up does not prove."""
+    grey = encode_jpeg(np.full((64, 64, 3), 114, np.uint8))
+    for model in settings.models:
+        try:
+            answer = httpx.post(f"{address}/predict", files={"file": grey}, data={"model": model.name}, timeout=60)
+        except httpx.HTTPError as error:
+            raise LaunchError(
+                f"The application runs, but does not answer at {address}: {error}. If this cluster's Serve was started"
+                " before with another address, give that as --host and --port"
+            ) from error
+        if answer.is_error:
+            raise LaunchError(f"{model.name} cannot answer a request: {answer.text}")
 
 
 def _check_reservations(settings: AppSettings) -> None:

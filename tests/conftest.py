@@ -2,13 +2,18 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import pytest
 
 from deploy.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from deploy.settings import ServedModel
 
 prepare_environment()
 
@@ -51,3 +56,30 @@ def picture(width: int = 64, height: int = 48, *, blue: int = 0, red: int = 200)
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0], image[..., 2] = blue, red
     return cv2.imencode(".png", image)[1].tobytes()
+
+
+@contextmanager
+def served(*models: "ServedModel") -> Iterator[str]:
+    """The address of an application of ``models`` on the session's Ray; Serve is gone afterwards."""
+    from ray import serve
+
+    from deploy.launch import running_app
+    from deploy.settings import AppSettings
+
+    try:
+        with running_app(AppSettings(models=models), "127.0.0.1", 0) as address:
+            yield address
+    finally:
+        serve.shutdown()
+
+
+def processes(title: str) -> list[int]:
+    """Process ids of the actors whose title, which Ray writes into their command line, has ``title`` in it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"ray::{title}" in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found

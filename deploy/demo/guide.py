@@ -60,12 +60,12 @@ def run_demo(console: Console, port: int, *, stay: bool) -> bool:
         stay: keep serving after the checks, until SIGINT or SIGTERM.
     """
     console.print("yolofleet demo, on the [bold]embedded demonstration model[/]: nuts, bolts, washers and gears that it draws")
-    with tempfile.TemporaryDirectory(prefix="yolofleet-demo-") as folder, stop_signals() as stop, _Steps(console) as steps:
+    with tempfile.TemporaryDirectory(prefix="yolofleet-demo-") as folder, _Steps(console) as steps:
         scenes, results = Path(folder) / "images", Path(folder) / "results"
         steps.begin(f"drawing {len(UNSEEN_SEEDS)} scenes that the model was not trained on")
         truth = _draw(scenes)
         steps.begin("starting Ray")
-        with local_ray():
+        with local_ray(), stop_signals() as stop:
             actor = ActorSettings(num_cpus=ray.cluster_resources()["CPU"] / 4, num_gpus=0)
             model = ServedModel(**EMBEDDED.model_dump(), replicas=Replicas(min=2, max=2), actor=actor)
             steps.begin("starting the endpoint: 2 replicas, each with a private model")

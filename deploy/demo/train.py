@@ -43,7 +43,7 @@ TRAINING: dict[str, Any] = {
     "batch": 8,
     "nbs": 8,  # step after every batch: gradients are not gathered up to the usual 64 images
     "optimizer": "AdamW",
-    "lr0": 0.002,
+    "lr0": 0.003,
     "lrf": 0.02,
     "cos_lr": True,
     "warmup_epochs": 1.0,
@@ -64,6 +64,7 @@ def main() -> None:
     """Draw, train, export, measure, record."""
     options = _options()
     os.environ["YOLO_AUTOINSTALL"] = "false"
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())  # ultralytics would make it 1
     with tempfile.TemporaryDirectory(prefix="parts-") as folder:
         os.environ["YOLO_CONFIG_DIR"] = folder  # read when ultralytics is first imported, which is below
         record = build(Path(folder), options.output, {**TRAINING, "epochs": options.epochs}, TRAIN_SEEDS[: options.scenes])
@@ -129,15 +130,12 @@ def _label_line(part: Part, width: int, height: int) -> str:
 
 def train(folder: Path, data: Path, weights: Path, training: dict[str, Any]) -> int:
     """Train from random weights and export to `weights`; returns the number of parameters."""
-    import torch
     import ultralytics
     from ultralytics.models import YOLO
 
     base = Path(ultralytics.__file__).parent / "cfg" / "models" / "26" / ARCHITECTURE
     architecture = yaml.safe_load(base.read_text()) | {"scales": SCALE, "scale": "p"}
     model = YOLO(_write_yaml(folder / "parts-yolo26p.yaml", architecture), task="detect")
-    # ultralytics leaves one core to the desktop: of two, that would be half
-    model.add_callback("on_train_start", lambda _: torch.set_num_threads(os.cpu_count() or 1))
     model.train(data=str(data), project=str(folder), name="run", **training)
     return export(folder / "run" / "weights" / "last.pt", weights)
 

@@ -1,21 +1,17 @@
 """yolofleet race on real weights: the shared model is wrong, yolofleet's actors are not."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from deploy.race import pictures, run_race
 
-ASSETS = Path(os.environ.get("YOLOFLEET_TEST_ASSETS", Path(__file__).parents[3] / "shared"))
-
-pytestmark = [pytest.mark.real, pytest.mark.ray]
+pytestmark = [pytest.mark.real, pytest.mark.ray, pytest.mark.timeout(400)]
 
 
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="no YOLOFLEET_TEST_ASSETS")
-def test_sharing_a_model_is_wrong_and_the_fleet_is_not() -> None:
-    images = pictures([str(ASSETS / "data" / "coco128" / "images" / "train2017")], 24)
-    report = run_race(ASSETS / "models" / "yolo26n.pt", images, imgsz=320, callers=4, report=print)
+def test_sharing_a_model_is_wrong_and_the_fleet_is_not(weights: Path, coco128: Path) -> None:
+    images = pictures([str(coco128)], 24)
+    report = run_race(weights / "yolo26n.pt", images, imgsz=320, callers=4, report=print)
     lines = {line.mode: line for line in report.modes}
     assert lines["a"].wrong > 0
     assert report.danger_shown
