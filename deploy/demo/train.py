@@ -39,16 +39,15 @@ DEFAULT_IMGSZ = 320  # what `YOLO("parts.pt").predict` uses unless told otherwis
 
 TRAINING: dict[str, Any] = {
     "epochs": 16,
-    "imgsz": 352,
+    "imgsz": 320,
     "batch": 8,
     "nbs": 8,  # step after every batch: gradients are not gathered up to the usual 64 images
     "optimizer": "AdamW",
-    "lr0": 0.003,
+    "lr0": 0.002,
     "lrf": 0.02,
     "cos_lr": True,
     "warmup_epochs": 1.0,
-    "multi_scale": 0.35,  # batches of 224 to 480 pixels: a server may ask for any size, parts come small and large
-    "scale": 0.3,
+    "scale": 0.5,  # zooms by 0.5 to 1.5: with TRAIN_SIZES, parts are seen as large as at an imgsz of 160 to 720
     "flipud": 0.5,
     "close_mosaic": 4,
     "seed": 0,
