@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ class YoloModel:
             imgsz=self._imgsz,
             engine={"pt": "torch", "engine": "tensorrt"}.get(backend.format, backend.format),
             device=str(self._predictor.device),
-            versions={name: version(name) for name in ("torch", "ultralytics-opencv-headless", "yolofleet")},
+            versions=_versions(),
         )
         log.info("loaded %s: task %s, engine %s on %s", weights.name, *_words(self._info))
 
@@ -314,6 +315,19 @@ def _load_predictor(weights: Path, threads: int) -> Any:
     if model.task != "classify":
         predictor.pre_transform = lambda images: images  # letterboxed already, by prepare()
     return predictor
+
+
+def _versions() -> dict[str, str]:
+    """Versions that decide the answers, under the keys that Ultralytics' own API has for them."""
+    import torch
+    import ultralytics
+
+    return {
+        "yolofleet": version("yolofleet"),
+        "ultralytics": ultralytics.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def _row(outputs: Any, index: int) -> Any:

@@ -26,7 +26,11 @@ def create_api(fleet: Fleet, limits: HttpLimits) -> FastAPI:
     """
     app = FastAPI(
         title="yolofleet",
-        description="YOLO inference: one private model per Ray actor. Any Ultralytics weights, Ultralytics' own API.",
+        description=(
+            "YOLO inference: one private model per Ray actor. Any Ultralytics weights, Ultralytics' own API.\n\n"
+            "The model `parts` is a demonstration: it knows drawn nuts, bolts, washers and gears only."
+            " Use `yolofleet serve --model yolo26n=yolo26n.pt` for real pictures."
+        ),
         version="1",
     )
     app.state.fleet = fleet

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.responses import RedirectResponse
 
 from actors.schemas import ImageResult, ModelInfo, PredictParams
 
@@ -36,6 +37,12 @@ def fleet_of(request: Request) -> Fleet:
 
 TheFleet = Annotated[Fleet, Depends(fleet_of)]
 router = APIRouter(tags=["fleet"])
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    """A person who opens the address finds the documentation."""
+    return RedirectResponse("/docs")
 
 
 @router.get("/healthz")

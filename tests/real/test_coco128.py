@@ -102,7 +102,7 @@ def test_the_other_tasks_equal_the_reference(
     copies.mkdir()
     for image in some:
         shutil.copy(image, copies)
-    rows = run_job(weights / f"{name}.pt", copies, tmp_path / "out", PredictParams())
+    rows = run_job(weights / f"{name}.pt", copies, tmp_path / "out", PredictParams(), actors=1)
     for image, row, results in zip(some, rows, expected, strict=True):
         assert_same([as_summary(item) for item in row["detections"]], results, image.name)
 
@@ -118,10 +118,10 @@ def as_summary(item: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def run_job(weights: Path, source: Path, out: Path, params: PredictParams) -> list[dict[str, Any]]:
-    """The rows of a dataset job on two actors, sorted by URI."""
+def run_job(weights: Path, source: Path, out: Path, params: PredictParams, actors: int = 2) -> list[dict[str, Any]]:
+    """The rows of a dataset job, sorted by URI."""
     model = ModelSettings.from_flag(str(weights))
-    job = Job.open(JobSettings(sources=(str(source),), model=model, out=out, actors=2, params=params))
+    job = Job.open(JobSettings(sources=(str(source),), model=model, out=out, actors=actors, params=params))
     job.run(ONE_CPU, lambda progress: None)
     summary = job.finish(1.0)
     assert summary["accounted_for"] and summary["dead_letters"] == 0
@@ -154,7 +154,7 @@ def _fields(params: dict[str, Any]) -> dict[str, str]:
     return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in params.items()}
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", ["yolo26n", *(pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS[1:])])
 def test_map50_of_the_jobs_own_output_is_that_of_yolo_val(name: str, weights: Path, coco128: Path, tmp_path: Path) -> None:
     """Both with square letterbox and several labels a box: ``YOLO.val``'s own rectangles are padded by half a stride."""
     dataset = tmp_path / "coco128"

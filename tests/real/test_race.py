@@ -6,7 +6,7 @@ import pytest
 
 from deploy.race import pictures, run_race
 
-pytestmark = [pytest.mark.real, pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.real, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_sharing_a_model_is_wrong_and_the_fleet_is_not(weights: Path, coco128: Path) -> None:
