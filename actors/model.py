@@ -23,13 +23,15 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -300,21 +302,64 @@ def _load_predictor(weights: Path, threads: int) -> Any:
     events.enabled = False  # no usage reports from a server
     ultralytics.utils.LOGGER.setLevel(logging.WARNING)
     try:
-        model = ultralytics.YOLO(str(weights))
-        if model.task not in TASKS:
-            raise ModelError(f"{weights} is a model for '{model.task}'; served are {', '.join(TASKS)}")
-        torch.set_num_threads(threads)
-        model.predict(np.zeros((64, 64, 3), np.uint8), verbose=False, save=False)
+        with _engine_threads(threads):
+            model = _used_once(weights, None)
+            task = getattr(model.predictor.model, "task", None)
+            if task and task != model.task:  # an export whose file name does not tell its task, but its metadata does
+                model = _used_once(weights, task)
     except FleetError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(f"ultralytics.YOLO cannot load {weights}: {reason}") from error
-    torch.set_num_threads(threads)  # again: select_device set it to the machine's cores in between
+    torch.set_num_threads(threads)  # last: select_device sets it to the machine's cores
     predictor: Any = model.predictor
     if model.task != "classify":
         predictor.pre_transform = lambda images: images  # letterboxed already, by prepare()
     return predictor
+
+
+def _used_once(weights: Path, task: str | None) -> Any:
+    """A YOLO object that has predicted once, which makes its predictor."""
+    import ultralytics
+
+    model = ultralytics.YOLO(str(weights), task=task)
+    if model.task not in TASKS:
+        raise ModelError(f"{weights} is a model for '{model.task}'; served are {', '.join(TASKS)}")
+    model.predict(np.zeros((64, 64, 3), np.uint8), verbose=False, save=False)
+    return model
+
+
+@contextmanager
+def _engine_threads(threads: int) -> Iterator[None]:
+    """Make the runtimes that Ultralytics' backends start inside use ``threads`` CPU threads.
+
+    The backends have no argument for it, so the constructors that they call are replaced while a model loads.
+    """
+    with ExitStack() as patches:
+        if find_spec("openvino"):
+            import openvino
+
+            make_core = openvino.Core
+
+            def core(*args: Any) -> Any:
+                made = make_core(*args)
+                made.set_property("CPU", {"INFERENCE_NUM_THREADS": threads})
+                return made
+
+            patches.enter_context(patch.object(openvino, "Core", core))
+        if find_spec("onnxruntime"):
+            import onnxruntime
+
+            make_session = onnxruntime.InferenceSession
+
+            def session(path: str, options: Any = None, **rest: Any) -> Any:
+                options = options or onnxruntime.SessionOptions()
+                options.intra_op_num_threads = threads
+                return make_session(path, options, **rest)
+
+            patches.enter_context(patch.object(onnxruntime, "InferenceSession", session))
+        yield
 
 
 def _versions() -> dict[str, str]:
@@ -387,7 +432,7 @@ def _points(points: Any) -> Points:
 
 
 @contextmanager
-def _translate_out_of_memory(batch_size: int) -> Any:
+def _translate_out_of_memory(batch_size: int) -> Iterator[None]:
     import torch
 
     try:

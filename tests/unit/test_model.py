@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ultralytics
 
 from actors.errors import BadRequest, ModelError, ModelOwnershipError
 from actors.model import YoloModel, hash_weights
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
+from deploy.api.ultralytics import summary
 from deploy.demo.scene import draw_scene
 from deploy.weights import EMBEDDED
 
@@ -118,3 +120,17 @@ def test_unknown_classes_name_the_known_ones(model: YoloModel) -> None:
 def test_parameters_out_of_range_are_refused(params: dict[str, object]) -> None:
     with pytest.raises(BadRequest, match=next(iter(params))):
         PredictParams(**params)  # type: ignore[arg-type]
+
+
+def test_oriented_boxes_equal_the_reference(tmp_path: Path) -> None:
+    """No trained weights for obb are at hand; random ones have the same outputs, only no sense."""
+    weights = tmp_path / "random-obb.pt"
+    untrained = ultralytics.YOLO("yolo11n-obb.yaml")
+    untrained.save(weights)
+    model = YoloModel(ModelSettings(name="obb", weights=str(weights)))
+    image = draw_scene(3).image
+    params = {"conf": 0.0, "max_det": 5, "imgsz": 320}
+    (reference,) = ultralytics.YOLO(str(weights)).predict(image, verbose=False, **params)
+    (found,) = model.predict([model.prepare(image, PredictParams(conf=0.0, max_det=5, imgsz=(320, 320)))])
+    assert found.task == "obb" and len(found.detections) == 5
+    assert summary(found) == reference.summary()
