@@ -98,6 +98,8 @@ class Detector:
         """
         probe: Future[None] = Future()
         with self._wake:
+            if self._closed:
+                raise ReplicaUnavailable("The model thread has ended")
             self._probes.append(probe)
             self._wake.notify()
         try:
@@ -130,6 +132,9 @@ class Detector:
             return
         now = time.perf_counter()
         with self._wake:
+            if self._closed:
+                _fail(answer, ReplicaUnavailable("This worker has ended: send the request again"))
+                return
             self._waiting.append(_Waiting(prepared, answer, 1e3 * (now - started), now))
             self._wake.notify()
 
@@ -143,11 +148,29 @@ class Detector:
             loaded.set_exception(error)
             return
         loaded.set_result(model)
-        while (work := self._next()) is not None:
-            if isinstance(work, Future):
-                self._probe(model, work)
-            else:
-                self._answer(model, work)
+        try:
+            while (work := self._next()) is not None:
+                if isinstance(work, Future):
+                    self._probe(model, work)
+                else:
+                    self._answer(model, work)
+        except BaseException:
+            log.exception("the model thread died; whatever waits is failed, and the health check will say so")
+            raise
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """The model thread ends: nobody may wait for it any longer."""
+        gone = ReplicaUnavailable("This worker has ended: send the request again")
+        with self._wake:
+            self._closed = True
+            for item in self._waiting:
+                _fail(item.answer, gone)
+            for probe in self._probes:
+                probe.set_exception(gone)
+            self._waiting.clear()
+            self._probes.clear()
 
     def _warm_up(self, model: Model) -> None:
         for height, width in WARM_UP_SHAPES:
@@ -191,10 +214,11 @@ class Detector:
             if len(batch) == 1:
                 batch[0].answer.set_exception(error)
                 return
-            self._max_batch = len(batch) // 2
+            half = len(batch) // 2
+            self._max_batch = min(self._max_batch, half)
             log.warning("%s; from now on at most %d images share a batch", error.message, self._max_batch)
-            self._predict(model, batch[: self._max_batch])
-            self._predict(model, batch[self._max_batch :])
+            self._predict(model, batch[:half])
+            self._predict(model, batch[half:])
         except Exception as error:
             if len(batch) == 1:
                 batch[0].answer.set_exception(error)

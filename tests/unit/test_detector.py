@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from actors.detector import Detector
-from actors.errors import BadImage, EngineOutOfMemory, ModelError
+from actors.errors import BadImage, EngineOutOfMemory, ModelError, ReplicaUnavailable
 from actors.fake_model import FakeModel, fake_result
 from actors.images import decode_image
 from actors.schemas import ImageResult, PredictParams
@@ -67,6 +68,29 @@ def test_out_of_memory_halves_the_batch_and_nobody_gets_an_error() -> None:
         futures = [fleet.submit(picture(), PredictParams()) for _ in range(40)]
         sizes = [future.result().timing.batch_size for future in futures]
     assert 1 < max(sizes) <= 2
+
+
+def test_out_of_memory_is_halved_again_and_again() -> None:
+    """Sixteen images that wait while the first is computed, and a device that holds one at a time."""
+    with detector("oom=1&slow_ms=30", max_batch=16) as fleet:
+        futures = [fleet.submit(picture(blue=n), PredictParams()) for n in range(17)]
+        classes = [future.result().detections[0].class_id for future in futures]
+    assert classes == [n % 4 for n in range(17)]
+
+
+def test_a_model_thread_that_dies_leaves_nobody_waiting() -> None:
+    with detector("slow_ms=30", max_batch=1) as fleet:
+        fleet._answer = _die  # type: ignore[method-assign]
+        futures = [fleet.submit(picture(), PredictParams()) for _ in range(3)]
+        wait(futures)
+        assert all(isinstance(future.exception(), ReplicaUnavailable) for future in futures[1:])
+        with pytest.raises(ReplicaUnavailable):
+            fleet.check_health()
+
+
+def _die(model: object, batch: list[Any]) -> None:
+    batch[0].answer.set_exception(ReplicaUnavailable("the test kills this thread"))
+    raise SystemExit  # which ends a thread without pytest's complaint
 
 
 def test_out_of_memory_on_one_image_is_an_error() -> None:
