@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.errors import EngineOutOfMemory, ModelError, ReplicaUnavailable
+from actors.errors import BadRequest, EngineOutOfMemory, ModelError, ReplicaUnavailable
 from actors.images import decode_image
 from actors.model import Model
 from actors.schemas import ImageResult, ModelInfo, PredictParams
@@ -107,11 +107,6 @@ class Detector:
         except TimeoutError as error:
             raise ReplicaUnavailable(f"The model thread did not answer in {timeout_s:g} s") from error
 
-    @property
-    def queue_depth(self) -> int:
-        """Decoded images that wait for the model."""
-        return len(self._waiting)
-
     def close(self) -> None:
         """Answer what was accepted, then end the threads."""
         self._decoders.shutdown()
@@ -148,6 +143,7 @@ class Detector:
             loaded.set_exception(error)
             return
         loaded.set_result(model)
+        work: Future[None] | list[_Waiting] | None = None
         try:
             while (work := self._next()) is not None:
                 if isinstance(work, Future):
@@ -156,15 +152,17 @@ class Detector:
                     self._answer(model, work)
         except BaseException:
             log.exception("the model thread died; whatever waits is failed, and the health check will say so")
-            raise
         finally:
-            self._abandon()
+            self._abandon(work if isinstance(work, list) else [])
 
-    def _abandon(self) -> None:
-        """The model thread ends: nobody may wait for it any longer."""
+    def _abandon(self, batch: list[_Waiting]) -> None:
+        """The model thread ends: nobody may wait for it any longer, those of its last ``batch`` included."""
         gone = ReplicaUnavailable("This worker has ended: send the request again")
         with self._wake:
             self._closed = True
+            for item in batch:
+                if not item.answer.done():
+                    item.answer.set_exception(gone)
             for item in self._waiting:
                 _fail(item.answer, gone)
             for probe in self._probes:
@@ -194,8 +192,13 @@ class Detector:
             return batch
 
     def _probe(self, model: Model, probe: Future[None]) -> None:
+        image = np.zeros((64, 64, 3), np.uint8)
         try:
-            model.predict([model.prepare(np.zeros((64, 64, 3), np.uint8), PredictParams())])
+            try:
+                prepared = model.prepare(image, PredictParams(imgsz=(64, 64)))
+            except BadRequest:  # an export that takes one size only
+                prepared = model.prepare(image, PredictParams())
+            model.predict([prepared])
         except Exception as error:
             probe.set_exception(error)
         else:

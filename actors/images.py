@@ -146,7 +146,7 @@ def _decode(data: bytes, kind: str) -> Array | None:
 
 def _decode_colour_tiff(buffer: Array) -> Array | None:
     """The first page of a colour TIFF without its alpha, as Ultralytics reads it; None for grey ones."""
-    found, pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)
+    found, pages = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(0, 1))  # only its size was checked
     return _to_bytes(pages[0][..., :3]) if found and pages[0].ndim == 3 else None
 
 

@@ -1,6 +1,6 @@
 """The ledger of a job: which inputs are done. Done means committed, and committing is one rename.
 
-    DIR/job.json              what the job is: weights, arguments, versions. Another job may not write here
+    DIR/job.json              what the job is: sources, weights, arguments. Another job may not write here
     DIR/detections/KEY.parquet  one committed shard: its rows, and its manifest in the file's metadata
     DIR/.pending/RUN/         shards that are being written; whatever lies here after a crash is worth nothing
     DIR/errors.jsonl          the dead letters of all committed shards ┐ derived when the job ends,

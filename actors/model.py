@@ -334,7 +334,8 @@ def _used_once(weights: Path, task: str | None) -> Any:
 def _engine_threads(threads: int) -> Iterator[None]:
     """Make the runtimes that Ultralytics' backends start inside use ``threads`` CPU threads.
 
-    The backends have no argument for it, so the constructors that they call are replaced while a model loads.
+    The backends have no argument for it, so the constructors that they call are replaced while a model loads. OpenVINO's
+    pinning is off: every one-thread process would pin itself to the first core.
     """
     with ExitStack() as patches:
         if find_spec("openvino"):
@@ -344,7 +345,7 @@ def _engine_threads(threads: int) -> Iterator[None]:
 
             def core(*args: Any) -> Any:
                 made = make_core(*args)
-                made.set_property("CPU", {"INFERENCE_NUM_THREADS": threads})
+                made.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False})
                 return made
 
             patches.enter_context(patch.object(openvino, "Core", core))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.dataset import Shard, read_input
 from actors.detector import Detector
-from actors.errors import BadImage, FleetError, ModelError
+from actors.errors import BadImage, FleetError, ModelError, ReplicaUnavailable
 from actors.images import encode_jpeg
 from actors.ledger import DeadLetter, Ledger, Manifest
 from actors.model import load_model
@@ -36,6 +37,7 @@ from actors.writers import row
 
 IN_FLIGHT = 2
 KILLS_TO_CONDEMN = 2
+WAIT_S = 2.0
 MAX_FAILED_STARTS = 3
 STAGES = ("decode", "queue", "preprocess", "inference", "postprocess")
 
@@ -126,8 +128,22 @@ class ShardActor:
         except BadImage as error:
             return DeadLetter(uri, "decode", error.message)
         except Exception as error:  # one input's failure is its own; the reason is in the dead letter
+            self._leave_if_broken(error)
             reason = error.message if isinstance(error, FleetError) else f"{type(error).__name__}: {error}"
             return DeadLetter(uri, "predict", reason)
+
+    def _leave_if_broken(self, error: Exception) -> None:
+        """After an unexpected error: if the engine no longer works at all, die, so that the driver tries elsewhere.
+
+        A sticky fault (a CUDA assertion, say) would otherwise turn every input that is left into a dead letter.
+        """
+        if isinstance(error, FleetError) and not isinstance(error, ReplicaUnavailable):
+            return
+        try:
+            self._detector.check_health()
+        except Exception:
+            log.exception("the engine of this actor is broken; the actor ends")
+            os._exit(1)
 
 
 @dataclass
@@ -168,7 +184,13 @@ class _Worker:
         return [*self.in_flight, *([self.starting] if self.starting is not None else [])]
 
 
-def run_pool(settings: PoolSettings, shards: Iterable[Shard], actors: int, on_commit: Callable[[Manifest], None]) -> None:
+def run_pool(
+    settings: PoolSettings,
+    shards: Iterable[Shard],
+    actors: int,
+    on_commit: Callable[[Manifest], None],
+    on_wait: Callable[[], None] = lambda: None,
+) -> None:
     """Process every shard on ``actors`` actors; returns when all are committed.
 
     Args:
@@ -176,20 +198,28 @@ def run_pool(settings: PoolSettings, shards: Iterable[Shard], actors: int, on_co
         shards: the work; taken one by one.
         actors: how many actors.
         on_commit: called with the manifest of each shard as it is committed.
+        on_wait: called every few seconds while nothing is.
 
     Raises:
         ModelError: the model cannot be loaded, or actors cannot be started.
         FleetError: whatever else an actor raised as expected.
     """
-    _Pool(settings, shards, on_commit).run(actors)
+    _Pool(settings, shards, on_commit, on_wait).run(actors)
 
 
 class _Pool:
-    def __init__(self, settings: PoolSettings, shards: Iterable[Shard], on_commit: Callable[[Manifest], None]) -> None:
+    def __init__(
+        self,
+        settings: PoolSettings,
+        shards: Iterable[Shard],
+        on_commit: Callable[[Manifest], None],
+        on_wait: Callable[[], None],
+    ) -> None:
         self._settings = settings
         self._shards = iter(shards)
         self._returned: deque[_Work] = deque()
         self._on_commit = on_commit
+        self._on_wait = on_wait
         self._failed_starts = 0
 
     def run(self, actors: int) -> None:
@@ -201,8 +231,11 @@ class _Pool:
                 references = {ref: worker for worker in workers for ref in worker.references()}
                 if not any(worker.in_flight for worker in workers) and not self._more():
                     return
-                (done,), _ = ray.wait(list(references), num_returns=1)
-                self._collect(references[done], done, workers)
+                done, _ = ray.wait(list(references), num_returns=1, timeout=WAIT_S)
+                if done:
+                    self._collect(references[done[0]], done[0], workers)
+                else:
+                    self._on_wait()
         finally:
             for worker in workers:
                 ray.kill(worker.actor)
@@ -219,7 +252,7 @@ class _Pool:
     def _collect(self, worker: _Worker, done: Any, workers: list[_Worker]) -> None:
         try:
             outcome = ray.get(done)
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError, NodeDiedError) as error:
             self._replace(worker, workers, error)
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, FleetError) else error from None
@@ -230,7 +263,8 @@ class _Pool:
                 del worker.in_flight[done]
                 self._on_commit(outcome)
 
-    def _replace(self, worker: _Worker, workers: list[_Worker], error: RayActorError) -> None:
+    def _replace(self, worker: _Worker, workers: list[_Worker], error: Exception) -> None:
+        ray.kill(worker.actor)  # it may be unreachable, not dead, and must not commit what others will
         if worker.starting is not None:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:

@@ -20,7 +20,7 @@ from actors.model import hash_weights
 from actors.pool import PoolSettings, run_pool
 from actors.schemas import PredictParams
 from actors.settings import ActorSettings, ImageLimits, ModelSettings, Settings
-from deploy.launch import local_ray
+from deploy.launch import check_fits, local_ray
 
 PACKAGES = ("yolofleet", "ray", "torch", "ultralytics-opencv-headless")
 DATASET_LIMITS = ImageLimits(max_image_mb=512, max_megapixels=512, max_side_px=65_500)
@@ -41,6 +41,7 @@ class JobSettings(Settings):
         """What decides the results: two jobs with the same identity may share an output folder."""
         weights = self.model.weights
         return {
+            "sources": list(self.sources),
             "model": self.model.name,
             "weights_sha256": weights if weights.startswith("fake:") else hash_weights(Path(weights)),
             "params": self.params.as_dict(),
@@ -101,7 +102,7 @@ class Job:
 
         settings = self.settings
         pool = PoolSettings(settings.model, actor, settings.limits, settings.params, self.ledger)
-        run_pool(pool, into_shards(self.remaining, settings.actors), settings.actors, on_commit)
+        run_pool(pool, into_shards(self.remaining, settings.actors), settings.actors, on_commit, lambda: report(progress))
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write ``errors.jsonl`` and ``summary.json``; returns the summary.
@@ -125,8 +126,8 @@ class Job:
             "detections": total.classes,
             "stage_ms_per_image": {stage: round(ms / images, 3) for stage, ms in total.stage_ms.items()},
             "job": self.ledger.job,
-            "sources": list(self.settings.sources),
             "actors": self.settings.actors,
+            "batch_size": self.settings.model.max_batch,
             "versions": {name: version(name) for name in PACKAGES},
         }
         self.ledger.finish(summary)
@@ -151,6 +152,8 @@ def run_job(
     if job.remaining:
         with local_ray():
             started = time.perf_counter()
-            job.run(reserve(), report)
+            actor = reserve()
+            check_fits([(settings.actors, actor)], "--actors", "actor")
+            job.run(actor, report)
             return job.finish(time.perf_counter() - started)
     return job.finish(time.perf_counter() - started)

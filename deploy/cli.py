@@ -49,10 +49,10 @@ def serve(
     with explained():
         count = Replicas.from_flag(replicas)
         models = models_from_flags(model or [], console.print)
-        with local_ray(), stop_signals() as stop:  # in this order: ray.init takes SIGTERM for itself
+        with local_ray():
             actor = reservation(len(models) * count.max, cpus_per_replica, gpus_per_replica)
             served = tuple(ServedModel(**each.model_dump(), replicas=count, actor=actor) for each in models)
-            with running_app(AppSettings(models=served), host, port) as address:
+            with running_app(AppSettings(models=served), host, port) as address, stop_signals() as stop:
                 console.print(f"ready: {address}", highlight=False)
                 stop.wait()
                 console.print("draining: requests in flight are answered, new ones are refused")
@@ -169,8 +169,6 @@ def explained() -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         _leave(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
-    except ValueError as error:
-        _leave(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from actors.errors import FleetError, ReplicaUnavailable, UnknownModel
@@ -21,6 +21,7 @@ from deploy.api import create_api
 from deploy.settings import HttpLimits
 
 ATTEMPTS = 3
+READY_TIMEOUT_S = 5.0
 
 
 @serve.ingress()
@@ -62,6 +63,18 @@ class Ingress:
             self._infos[name] = await self._call(name, "describe")
         return self._infos[name]
 
+    async def check(self, model: str) -> None:
+        """Ask a replica of ``model`` whether it is there, never the cache.
+
+        Raises:
+            ReplicaUnavailable: none answered within ``READY_TIMEOUT_S``.
+        """
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._call(model, "describe")
+        except TimeoutError:
+            raise ReplicaUnavailable(f"No replica of '{model}' answers") from None
+
     def _name(self, model: str | None) -> str:
         name = next(iter(self._handles)) if model is None else model
         if name not in self._handles:
@@ -78,7 +91,7 @@ class Ingress:
                 if isinstance(error.cause, FleetError):
                     raise error.cause from None
                 raise
-            except RayActorError:
+            except (RayActorError, OutOfMemoryError, NodeDiedError):
                 continue
             except TimeoutError:
                 break

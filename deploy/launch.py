@@ -6,11 +6,12 @@
 """
 
 import logging
+import math
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +45,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     joining = "RAY_ADDRESS" in os.environ
     local: dict[str, Any] = {} if joining else {"num_cpus": num_cpus, "include_dashboard": False}
     ray.init(logging_level=logging.WARNING, log_to_driver=False, **local)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ray.init takes it for itself and aborts
     try:
         yield
     finally:
@@ -65,7 +67,7 @@ def running_app(settings: AppSettings, host: str, port: int) -> Iterator[str]:
     port = port or free_port(host)
     if not serve.status().proxies:  # else Serve runs here already, on a port of its own
         _check_port(host, port)
-    _check_reservations(settings)
+    check_fits([(model.replicas.min, model.actor) for model in settings.models], "--replicas", "replica")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     try:
@@ -107,9 +109,10 @@ def reservation(workers: int, num_cpus: float | None, num_gpus: float | None) ->
     offered = ray.cluster_resources()
     if num_gpus is None:
         gpus = offered.get("GPU", 0)
-        num_gpus = 1.0 if gpus >= workers else int(100 * gpus / workers) / 100
+        num_gpus = 1.0 if gpus >= workers else int(100 / math.ceil(workers / gpus)) / 100 if gpus else 0.0
     if num_cpus is None:
-        num_cpus = 1.0 if num_gpus else max(1, int(offered.get("CPU", 1) / workers))
+        share = offered.get("CPU", 1) / workers
+        num_cpus = min(1.0, share) if num_gpus or share < 1 else float(int(share))
     return ActorSettings(num_cpus=num_cpus, num_gpus=num_gpus)
 
 
@@ -140,18 +143,28 @@ def _check_answers(address: str, settings: AppSettings) -> None:
             raise LaunchError(f"{model.name} cannot answer a request: {answer.text}")
 
 
-def _check_reservations(settings: AppSettings) -> None:
-    """Refuse at once what Ray would wait for without end."""
-    if ray.cluster_resources().get("autoscaler") or len(ray.nodes()) > 1:
+def check_fits(reserved: Iterable[tuple[int, ActorSettings]], count_flag: str, noun: str) -> None:
+    """Refuse at once what Ray would wait for without end; on a cluster of several nodes more may come.
+
+    Args:
+        reserved: how many actors, and what each reserves.
+        count_flag: the flag that sets their number, for the message.
+        noun: what the actors are called there.
+
+    Raises:
+        LaunchError: this machine can never hold them all.
+    """
+    if len(ray.nodes()) > 1:
         return
-    for resource, flag in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        needed = sum(getattr(model.actor, flag) * max(model.replicas.min, 1) for model in settings.models)
-        offered = ray.cluster_resources().get(resource, 0)
-        if needed > offered + 1e-6:
-            kind = resource.lower()
+    reserved = list(reserved)
+    offered = ray.cluster_resources()
+    for resource in ("CPU", "GPU"):
+        field = f"num_{resource.lower()}s"
+        needed = sum(max(count, 1) * getattr(actor, field) for count, actor in reserved)
+        if needed > offered.get(resource, 0) + 1e-6:
             raise LaunchError(
-                f"The replicas reserve {needed:g} {resource}s and Ray has {offered:g} here:"
-                f" lower --replicas or --{kind}s-per-replica"
+                f"The {noun}s reserve {needed:g} {resource}s and Ray has {offered.get(resource, 0):g} here:"
+                f" lower {count_flag} or --{resource.lower()}s-per-{noun}"
             )
 
 

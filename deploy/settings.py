@@ -1,12 +1,13 @@
 """What a fleet is: its models with their reservations, and the limits of its endpoint.
 
-One schema for ``yolofleet serve``'s flags and for the ``args:`` of ``deploy/serve.yaml``; an unknown key is an error.
+One schema for ``yolofleet serve``'s flags and for the ``args:`` of a Serve config file; an unknown key is an error.
 """
 
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from actors.errors import BadRequest
 from actors.settings import ActorSettings, ImageLimits, ModelSettings, Settings
 
 
@@ -27,7 +28,7 @@ class Replicas(Settings):
         """Read ``N`` or ``MIN:MAX``."""
         low, separator, high = flag.partition(":")
         if not (low.isdigit() and (high.isdigit() or not separator)):
-            raise ValueError(f"'{flag}' is not a number of replicas: give N or MIN:MAX, such as 2 or 1:4")
+            raise BadRequest(f"'{flag}' is not a number of replicas: give N or MIN:MAX, such as 2 or 1:4")
         return cls(min=int(low), max=int(high or low))
 
 

@@ -25,6 +25,13 @@ class Fleet(Protocol):
             UnknownModel: no such model is served.
         """
 
+    async def check(self, model: str) -> None:
+        """Return if a replica of the named model answers now.
+
+        Raises:
+            ReplicaUnavailable: none does.
+        """
+
     def model_names(self) -> list[str]:
         """The served names, the primary one first."""
 
@@ -54,7 +61,9 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz")
 async def readyz(fleet: TheFleet) -> dict[str, Any]:
     """Whether every model has a replica that answers; 503 where one has none."""
-    return {"status": "ready", "models": [(await fleet.describe(name)).name for name in fleet.model_names()]}
+    for name in fleet.model_names():
+        await fleet.check(name)
+    return {"status": "ready", "models": fleet.model_names()}
 
 
 @router.get("/models")

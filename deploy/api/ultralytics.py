@@ -9,17 +9,39 @@ import asyncio
 import base64
 import binascii
 import time
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Form, Request, Response, UploadFile
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actors.errors import BadRequest, FleetError
 from actors.schemas import Detection, ImageResult, Points, PredictParams
 from deploy.api.fleet import TheFleet
 
-router = APIRouter(tags=["ultralytics"])
+MAX_FIELD_BYTES = 1 << 30  # of a form field; the body's own limit is BodyLimit's
+
+
+class _LargeFieldRequest(Request):
+    """Starlette refuses text fields above 1 MB; an image in base64 is one."""
+
+    def form(self, **limits: Any) -> Any:
+        return super().form(**limits | {"max_part_size": MAX_FIELD_BYTES})
+
+
+class _LargeFieldRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Any]]:
+        handle = super().get_route_handler()
+
+        async def with_large_fields(request: Request) -> Any:
+            return await handle(_LargeFieldRequest(request.scope, request.receive))
+
+        return with_large_fields
+
+
+router = APIRouter(tags=["ultralytics"], route_class=_LargeFieldRoute)
 
 
 def _numbers(value: Any) -> Any:

@@ -65,7 +65,7 @@ def run_demo(console: Console, port: int, *, stay: bool) -> bool:
         steps.begin(f"drawing {len(UNSEEN_SEEDS)} scenes that the model was not trained on")
         truth = _draw(scenes)
         steps.begin("starting Ray")
-        with local_ray(), stop_signals() as stop:
+        with local_ray():
             actor = ActorSettings(num_cpus=ray.cluster_resources()["CPU"] / 4, num_gpus=0)
             model = ServedModel(**EMBEDDED.model_dump(), replicas=Replicas(min=2, max=2), actor=actor)
             steps.begin("starting the endpoint: 2 replicas, each with a private model")
@@ -79,7 +79,8 @@ def run_demo(console: Console, port: int, *, stay: bool) -> bool:
                     console.print(f"  {'[green]holds[/]' if check.holds else '[red]FAILS[/]'}  {check.claim}", highlight=False)
                 if stay:
                     _invite(console, address, scenes, results)
-                    stop.wait()
+                    with stop_signals() as stop:
+                        stop.wait()
     return all(check.holds for check in checks)
 
 

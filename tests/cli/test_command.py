@@ -97,6 +97,7 @@ def test_predict_writes_what_the_readme_says_and_resumes(tmp_path: Path) -> None
         (("predict", "picture.png", "--model", "fake:", "--out", "out", "--conf", "2"), "'conf' is 2.0"),
         (("predict", "picture.png", "--model", "fake:", "--out", "out", "--imgsz", "big"), "--imgsz is 'big'"),
         (("predict", "picture.png", "--model", str(EMBEDDED.weights), "--out", "out", "--classes", "9"), "ids 0 to 3"),
+        (("predict", "picture.png", "--model", "fake:", "--out", "out", "--cpus-per-actor", "100"), "lower --actors"),
         (("serve", "--model", "a=fake:", "--model", "a=fake:"), "each needs a name of its own"),
         (("serve", "--model", "bad name=fake:", "--port", "0"), "No weights at bad name=fake:"),
         (("serve", "--replicas", "4:2", "--model", "fake:"), "the first number is the smaller"),

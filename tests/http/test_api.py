@@ -5,12 +5,14 @@ import base64
 from collections.abc import AsyncIterator, Iterator
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI
 
 from actors.detector import Detector
-from actors.errors import UnknownModel
+from actors.errors import ReplicaUnavailable, UnknownModel
 from actors.fake_model import FakeModel
+from actors.images import encode_jpeg
 from actors.schemas import ImageResult, ModelInfo, PredictParams
 from actors.settings import ImageLimits, ModelSettings
 from deploy.api import create_api
@@ -25,6 +27,7 @@ class OneDetectorFleet:
 
     def __init__(self, detector: Detector) -> None:
         self._detector = detector
+        self.gone = False
 
     def model_names(self) -> list[str]:
         return ["fake"]
@@ -32,6 +35,10 @@ class OneDetectorFleet:
     async def detect(self, model: str | None, data: bytes, params: PredictParams) -> tuple[ImageResult, str]:
         await self.describe(model)
         return await asyncio.wrap_future(self._detector.submit(data, params)), "here"
+
+    async def check(self, model: str) -> None:
+        if self.gone:
+            raise ReplicaUnavailable(f"No replica of '{model}' answers")
 
     async def describe(self, model: str | None) -> ModelInfo:
         if model not in (None, "fake"):
@@ -82,6 +89,19 @@ async def test_source_takes_base64(client: httpx.AsyncClient, prefix: str) -> No
     source = prefix + base64.b64encode(picture(blue=1)).decode()
     response = await client.post("/predict", data={"source": source})
     assert response.json()["images"][0]["results"][0]["name"] == "one"
+
+
+async def test_source_takes_more_than_a_megabyte(api: FastAPI, client: httpx.AsyncClient) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (800, 600, 3), np.uint8)
+    source = base64.b64encode(encode_jpeg(noise, quality=100)).decode()
+    assert len(source) > 1_100_000
+    roomy = create_api(api.state.fleet, HttpLimits())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(roomy), base_url="http://fleet") as made:
+        for response in (
+            await made.post("/predict", data={"source": source}),
+            await made.post("/predict", files={"source": (None, source)}),
+        ):
+            assert response.json()["error"]["code"] == "image_too_large"  # read as an image, which this fleet limits
 
 
 async def test_normalised_and_rounded(client: httpx.AsyncClient) -> None:
@@ -169,9 +189,12 @@ async def test_the_request_id_is_the_clients_own_where_it_is_safe(client: httpx.
         assert (response.headers["x-request-id"] == sent) is kept
 
 
-async def test_health_readiness_models_and_documentation(client: httpx.AsyncClient) -> None:
+async def test_health_readiness_models_and_documentation(api: FastAPI, client: httpx.AsyncClient) -> None:
     assert (await client.get("/healthz")).json() == {"status": "ok"}
     assert (await client.get("/readyz")).json() == {"status": "ready", "models": ["fake"]}
+    api.state.fleet.gone = True
+    assert (await client.get("/readyz")).status_code == 503
+    api.state.fleet.gone = False
     (model,) = (await client.get("/models")).json()["models"]
     assert (model["name"], model["engine"], model["names"]["0"]) == ("fake", "fake", "zero")
     assert "yolofleet" in (await client.get("/docs")).text

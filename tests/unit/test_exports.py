@@ -55,3 +55,4 @@ def test_openvino_takes_the_actors_threads(threads: int, export: Callable[..., P
     model = YoloModel(ModelSettings(name="export", weights=str(export("openvino", imgsz=320))), threads)
     compiled = model._predictor.model.ov_compiled_model
     assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
+    assert not compiled.get_property("ENABLE_CPU_PINNING")

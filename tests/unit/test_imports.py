@@ -20,7 +20,7 @@ ALLOWED = {
     "actors.writers": {"actors.schemas"},
     "actors.ledger": {"actors.errors", "actors.dataset", "actors.writers"},
     "actors.evaluate": {"actors.errors"},
-    "deploy.settings": {"actors.settings"},
+    "deploy.settings": {"actors.errors", "actors.settings"},
     "deploy.environment": set(),
     "deploy.app": {"deploy.ingress", "deploy.replica", "deploy.settings"},
     "deploy.ingress": {"actors.errors", "actors.schemas", "deploy.api", "deploy.settings"},
