@@ -5,6 +5,7 @@
     detect    one box per image: class = mean blue % 4, confidence = mean red / 255, box = the inner half of the image
     crash=B   the process dies (``os._exit``) when an image's top-left blue value is B: a crash, not an exception
     fail=B    an unexpected exception for such an image
+    hang=B    the model never comes back from such an image
     oom=N     EngineOutOfMemory for batches larger than N
     slow_ms=T each batch takes T milliseconds
 """
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from urllib.parse import parse_qsl, urlsplit
@@ -35,6 +37,7 @@ class FakeModel:
     def __init__(self, settings: ModelSettings) -> None:
         options = dict(parse_qsl(urlsplit(settings.weights).query))
         self._crash, self._fail = int(options.get("crash", -1)), int(options.get("fail", -1))
+        self._hang = int(options.get("hang", -1))
         self._largest_batch = int(options.get("oom", 1_000_000))
         self._slow_s = float(options.get("slow_ms", 0)) / 1e3
         self._info = ModelInfo(
@@ -64,6 +67,8 @@ class FakeModel:
         markers = [int(item.image[0, 0, 0]) for item in batch]
         if self._crash in markers:
             os._exit(CRASH_STATUS)
+        if self._hang in markers:
+            threading.Event().wait()
         if self._fail in markers:
             raise RuntimeError("the fake model fails for this image, as its options ask")
         if len(batch) > self._largest_batch:

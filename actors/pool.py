@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +55,7 @@ class PoolSettings:
     limits: ImageLimits
     params: PredictParams
     ledger: Ledger
+    health_timeout_s: float = 120.0
 
 
 class ShardActor:
@@ -81,6 +84,7 @@ class ShardActor:
         )
         grey = encode_jpeg(np.full((64, 64, 3), 114, np.uint8))
         self._detector.submit(grey, self._settings.params).result()
+        threading.Thread(target=self._watch, name="health", daemon=True).start()
         return self._detector.info
 
     def process(self, shard: Shard) -> Manifest:
@@ -139,8 +143,17 @@ class ShardActor:
         """
         if isinstance(error, FleetError) and not isinstance(error, ReplicaUnavailable):
             return
+        self._leave_unless_healthy()
+
+    def _watch(self) -> None:
+        """What Serve does for its replicas: a tiny real inference now and then, so that a wedged engine is replaced."""
+        while True:
+            time.sleep(self._settings.health_timeout_s / 4)
+            self._leave_unless_healthy()
+
+    def _leave_unless_healthy(self) -> None:
         try:
-            self._detector.check_health()
+            self._detector.check_health(self._settings.health_timeout_s)
         except Exception:
             log.exception("the engine of this actor is broken; the actor ends")
             os._exit(1)

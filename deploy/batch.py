@@ -36,6 +36,7 @@ class JobSettings(Settings):
     params: PredictParams = PredictParams()
     limits: ImageLimits = DATASET_LIMITS
     fresh: bool = False
+    health_timeout_s: Annotated[float, Field(gt=0)] = 120.0
 
     def identity(self) -> dict[str, Any]:
         """What decides the results: two jobs with the same identity may share an output folder."""
@@ -101,7 +102,7 @@ class Job:
             report(progress)
 
         settings = self.settings
-        pool = PoolSettings(settings.model, actor, settings.limits, settings.params, self.ledger)
+        pool = PoolSettings(settings.model, actor, settings.limits, settings.params, self.ledger, settings.health_timeout_s)
         run_pool(pool, into_shards(self.remaining, settings.actors), settings.actors, on_commit, lambda: report(progress))
 
     def finish(self, seconds: float) -> dict[str, Any]:

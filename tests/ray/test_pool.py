@@ -113,6 +113,13 @@ def test_an_exception_in_the_model_is_a_dead_letter_with_its_reason(inputs: Path
     assert "RuntimeError" in letters(inputs)["odd.png"]["reason"]
 
 
+def test_an_input_that_wedges_the_engine_is_found_by_the_health_check(inputs: Path) -> None:
+    (inputs / "wedge.png").write_bytes(picture(blue=CRASHES))
+    summary = run(job_of(inputs, f"hang={CRASHES}", health_timeout_s=2))
+    assert_complete(inputs, summary, {*BAD, "wedge.png"})
+    assert letters(inputs)["wedge.png"]["stage"] == "crash"
+
+
 def test_the_same_job_goes_on_with_what_is_left(inputs: Path) -> None:
     late = inputs / "late.png"
     run(job_of(inputs))
