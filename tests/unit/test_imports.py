@@ -20,6 +20,37 @@ ALLOWED = {
     "actors.writers": {"actors.schemas"},
     "actors.ledger": {"actors.errors", "actors.dataset", "actors.writers"},
     "actors.evaluate": {"actors.errors"},
+    "actors.pool": {
+        "actors.dataset",
+        "actors.detector",
+        "actors.errors",
+        "actors.images",
+        "actors.ledger",
+        "actors.model",
+        "actors.schemas",
+        "actors.settings",
+        "actors.writers",
+    },
+    "deploy.api": {
+        "deploy.api.fleet",
+        "deploy.api.middleware",
+        "deploy.api.problems",
+        "deploy.api.ultralytics",
+        "deploy.settings",
+    },
+    "deploy.api.fleet": {"actors.schemas"},
+    "deploy.api.middleware": {"deploy.api.problems"},
+    "deploy.api.problems": {"actors.errors"},
+    "deploy.api.ultralytics": {"actors.errors", "actors.schemas", "deploy.api.fleet"},
+    "deploy.batch": {
+        "actors.dataset",
+        "actors.ledger",
+        "actors.model",
+        "actors.pool",
+        "actors.schemas",
+        "actors.settings",
+        "deploy.launch",
+    },
     "deploy.settings": {"actors.errors", "actors.settings"},
     "deploy.environment": set(),
     "deploy.app": {"deploy.ingress", "deploy.replica", "deploy.settings"},
@@ -54,6 +85,10 @@ def module_name(path: Path) -> str:
 
 FILES = {module_name(path): path for folder in ("actors", "deploy") for path in (REPOSITORY / folder).rglob("*.py")}
 MODULES = set(FILES)
+
+
+def test_every_module_of_the_core_and_of_the_http_interface_is_in_the_table() -> None:
+    assert {name for name in MODULES if name.startswith(("actors.", "deploy.api"))} <= set(ALLOWED)
 
 
 @pytest.mark.parametrize("module", sorted(ALLOWED))
