@@ -1,7 +1,9 @@
-"""Encoded bytes → pixels, and nothing else: the one importer of OpenCV and Pillow.
+"""Encoded bytes → pixels → an engine's input: the one importer of OpenCV and Pillow.
 
     bytes ─ signature? ─ header within limits? ─ complete? ─ decode → (H, W, 3) uint8 BGR
                  └──────────────┴───────────────────┴──────────┴──→ BadImage with a reason
+
+    letterboxed images of one shape ─ as_tensor → (N, 3, H, W) float32 RGB from 0 to 1
 
 The pixels equal those that ``YOLO.predict(path)`` sees for the same file (``ultralytics.utils.patches.imread``): EXIF
 rotation applied, grey and CMYK turned to BGR, alpha dropped, 16 bits cut to 8. Two things are stricter on purpose: the
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -31,6 +34,8 @@ warnings.filterwarnings("ignore", module="PIL")  # odd metadata in a client's fi
 
 SUPPORTED = "JPEG, PNG, WebP, BMP, TIFF, JPEG 2000 or AVIF"
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+
+_FROM_0_TO_1 = np.arange(256, dtype=np.float32) / 255
 
 # By content, not by name: what a client calls its file decides nothing.
 _SIGNATURES = (
@@ -72,9 +77,43 @@ def decode_image(data: bytes, limits: ImageLimits) -> Array:
     return np.ascontiguousarray(image)
 
 
+def starts_like_image(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is of a format that ``decode_image`` takes."""
+    try:
+        return bool(_sniff(head))
+    except BadImage:
+        return False
+
+
+def as_tensor(images: Sequence[Array]) -> NDArray[np.float32]:
+    """What a network takes, on the CPU: a tenth of the time that torch needs to transpose and to divide.
+
+    Args:
+        images: (H, W, 3) uint8 BGR each, all of one shape.
+
+    Returns:
+        (N, 3, H, W) float32 RGB from 0 to 1, equal to those of Ultralytics' ``BasePredictor.preprocess``.
+    """
+    tensor = np.empty((len(images), 3, *images[0].shape[:2]), np.float32)
+    for image, planes in zip(images, tensor, strict=True):
+        for plane, channel in zip(reversed(planes), cv2.split(image), strict=True):
+            cv2.LUT(channel, _FROM_0_TO_1, dst=plane)
+    return tensor
+
+
 def encode_jpeg(image: Array, quality: int = 92) -> bytes:
     """Encode an (H, W, 3) uint8 BGR array as JPEG."""
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def shrink(image: Array, longest_side: int) -> Array:
+    """Scale an (H, W, 3) uint8 array down until no side has more than so many pixels; a smaller one stays as it is."""
+    height, width = image.shape[:2]
+    scale = longest_side / max(height, width)
+    if scale >= 1:
+        return image
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _sniff(data: bytes) -> str:

@@ -1,44 +1,66 @@
-"""The ledger of a job: which inputs are done. Done means committed, and committing is one rename.
+"""The ledger of a job: which inputs are done. Done means committed, and committing is one step of the storage.
 
     DIR/job.json              what the job is: sources, weights, arguments. Another job may not write here
     DIR/detections/KEY.parquet  one committed shard: its rows, and its manifest in the file's metadata
-    DIR/.pending/RUN/         shards that are being written; whatever lies here after a crash is worth nothing
+    DIR/tracks/               what was made of the detections of each video (see actors.tracks)
+    DIR/.pending/RUN/         this run's lease, and what it is writing; whatever lies here after a crash is worth nothing
     DIR/errors.jsonl          the dead letters of all committed shards ┐ derived when the job ends,
     DIR/summary.json          what it came to                          ┘ by whoever ends it
 
-A shard's rows and its manifest (dead letters, counts, times) are one file, so that a crash at any point leaves all of it
-or nothing. A resumed job reads which URIs are committed and goes on with the others.
+DIR is a folder or a bucket's prefix. A shard's rows and its manifest (dead letters, counts, times) are one file, so that a
+crash at any point leaves all of it or nothing. A resumed job reads which URIs are committed and goes on with the others.
+
+No input is in two files. Whoever wants one computed again (its content changed, or it failed and is retried) takes it out
+of its file first, which is one step too, and from then on it is like any that was never reached.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.dataset import Shard
-from actors.errors import OutputMismatch
-from actors.writers import table
+from actors.errors import BadSource, OutputMismatch
+from actors.storage import CONNECTIONS, Storage
+from actors.writers import SCHEMA, table
 
 METADATA_KEY = b"yolofleet"
+PACKAGES = ("yolofleet", "ray", "torch", "ultralytics-opencv-headless")
+DETECTIONS, TRACKS = "detections", "tracks"
+PENDING = ".pending"
+DERIVED = ("errors.jsonl", "summary.json", "detections.jsonl", "coco.json", "yolo", TRACKS, "mot", "annotated")
+"""What else may lie in the folder of a job, and is made anew from what is committed."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An input without a result: where it failed (read, decode, predict, crash) and why."""
+    """An input without a result: where it failed (read, decode, predict, crash) and why.
+
+    Attributes:
+        uri: the input.
+        stage: where it failed.
+        reason: a sentence.
+        sha256: of its content, where that could be read.
+        version: what the storage said of it when it was listed.
+    """
 
     uri: str
     stage: str
     reason: str
+    sha256: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +71,8 @@ class Manifest:
         results: rows in the file.
         dead_letters: the shard's other inputs.
         classes: class name → detections.
-        stage_ms: stage → milliseconds, summed over the shard's images.
+        stage_ms: stage → milliseconds, summed over the shard's images; ``starved`` is not a stage but what the model
+            thread waited for images meanwhile.
     """
 
     results: int
@@ -64,119 +87,251 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class _Committed:
+    """One committed file: the inputs it accounts for, with their versions, and its manifest."""
+
+    name: str
+    versions: dict[str, str | None]
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """The output folder of one job, and the only writer of it. Picklable: every actor of a run gets a copy.
 
     Attributes:
-        root: the folder.
+        storage: the folder.
         job: what the job is; written into every committed file.
-        run: this run of the job. An actor that outlives its driver loses its pending folder to the next run, and with it
-            the means to commit.
+        run: this run of the job. An actor that outlives its driver loses its lease to the next run, and with it the means
+            to commit.
     """
 
-    root: Path
+    storage: Storage
     job: dict[str, Any]
     run: str
 
     @classmethod
-    def open(cls, root: Path, job: dict[str, Any], *, fresh: bool = False) -> Ledger:
+    def open(
+        cls, root: str | Path, job: dict[str, Any], *, fresh: bool = False, request: dict[str, Any] | None = None
+    ) -> Ledger:
         """Open the folder for a job, and clear away what a crash left half-written.
 
         Args:
-            root: the output folder; made if it is missing.
+            root: the output folder, or the URI of a bucket's prefix; made if it is missing.
             job: what decides the results (weights' hash, arguments), as JSON values.
             fresh: throw away what is committed.
+            request: how the job was asked for, as JSON values; kept for ``requested``.
 
         Raises:
             OutputMismatch: the folder holds the results of another job, or files that are none of a job's.
+            BadSource: the folder cannot be reached or written to.
         """
-        ledger = cls(root, job, uuid.uuid4().hex)
-        if fresh and (root / "job.json").exists():
-            ledger._clear()
-        ledger._claim()
-        ledger._drop_pending()
-        ledger._pending.mkdir(parents=True)
-        ledger._detections.mkdir(exist_ok=True)
+        ledger = cls(Storage.at(root), job, uuid.uuid4().hex)
+        try:
+            if fresh and ledger.storage.read("job.json") is not None:
+                ledger._clear()
+            ledger._check_job()
+            ledger.storage.delete(PENDING)
+            ledger.storage.lease(ledger.lease)
+            kept = json.loads(ledger.storage.read("job.json") or b"{}")
+            ledger._put_json("job.json", kept | {"identity": job, "request": request})
+        except OSError as error:
+            raise BadSource(f"Nothing can be written to {root}: {error}") from error
         return ledger
 
-    def commit(self, shard: Shard, rows: Sequence[dict[str, Any]], manifest: Manifest) -> None:
-        """Commit one shard: write it aside, then rename it into place. Idempotent.
+    @staticmethod
+    def requested(root: str | Path) -> dict[str, Any]:
+        """How the job was asked for whose results are at ``root``.
+
+        Raises:
+            BadSource: there are no results of a job.
+        """
+        job = Storage.at(root).read("job.json")
+        if job is None:
+            raise BadSource(f"{root} holds no results of a job: name the folder that was given as --out")
+        request: dict[str, Any] = json.loads(job)["request"]
+        return request
+
+    def settle_engine(self, engine: str) -> None:
+        """Hold the job to one engine from its first input to its last, in all its runs: two differ in the last digits.
+
+        Args:
+            engine: what an actor computes with, and in which precision.
+
+        Raises:
+            OutputMismatch: what is committed was computed with another.
+        """
+        job = json.loads(self.storage.read("job.json") or b"{}")
+        before = job.setdefault("engine", engine)
+        if before != engine:
+            raise OutputMismatch(
+                f"{self.storage.root} was begun with the engine {before}, and here it would go on with {engine}: give"
+                " --engine and --precision as it was, install what that takes, or give --fresh to start over"
+            )
+        self._put_json("job.json", job)
+
+    @property
+    def lease(self) -> str:
+        """This run's right to write, see ``Storage``."""
+        return f"{PENDING}/{self.run}"
+
+    def commit(
+        self, shard: Shard, rows: Sequence[dict[str, Any]], manifest: Manifest, model: dict[str, Any] | None = None
+    ) -> None:
+        """Commit one shard in one step. Idempotent.
+
+        Args:
+            shard: the inputs, each of which is a row or a dead letter.
+            rows: of ``writers.SCHEMA``.
+            manifest: what they came to.
+            model: what computed them: names, engine, versions.
 
         Raises:
             FileNotFoundError: a later run has taken the folder over.
         """
-        metadata = {METADATA_KEY: json.dumps({"job": self.job, "manifest": asdict(manifest)}).encode()}
-        pending = self._pending / f"{shard.key}-{uuid.uuid4().hex}"
-        pq.write_table(table(rows).replace_schema_metadata(metadata), pending, compression="zstd")
-        with pending.open("rb") as written:
-            os.fsync(written.fileno())
-        pending.replace(self._file(shard))
+        about = self.metadata(model=model, manifest=asdict(manifest))
+        self._put_table(self._file(shard), table(rows).replace_schema_metadata(about))
+
+    def place(self, name: str, write: Callable[[Path], None]) -> None:
+        """Commit what is made of the committed shards, a file or a folder: written aside, then published as ``name``.
+
+        Raises:
+            FileNotFoundError: a later run has taken the folder over.
+        """
+        with self.storage.scratch(self.lease) as folder:
+            made = folder / Path(name).name
+            write(made)
+            self.storage.publish(name, made, self.lease)
+
+    def metadata(self, **more: Any) -> dict[bytes, bytes]:
+        """What stands in the metadata of every Arrow file of the job: what the job is, whose work it is, and ``more``."""
+        return _metadata({"job": self.job, "versions": package_versions(), **more})
+
+    def rows_of(self, video: str) -> pa.Table:
+        """The committed rows of one video, in the order of its frames."""
+        import pyarrow.dataset  # which imports pandas: every actor would pay for it as it starts
+
+        folder = self.storage.path(DETECTIONS)
+        rows = pyarrow.dataset.dataset(folder, schema=SCHEMA, format="parquet", filesystem=self.storage.filesystem)
+        return rows.to_table(filter=pyarrow.dataset.field("video") == video).sort_by("frame")
 
     def manifest(self, shard: Shard) -> Manifest | None:
         """The manifest of one shard, if it is committed."""
-        file = self._file(shard)
-        return _read_manifest(pq.read_schema(file)) if file.exists() else None
+        try:
+            return self._read(self._file(shard)).manifest
+        except FileNotFoundError:
+            return None
 
     def manifests(self) -> Iterator[Manifest]:
         """The manifests of all committed shards."""
-        for path in sorted(self._detections.glob("*.parquet")):
-            yield _read_manifest(pq.read_schema(path))
+        return (committed.manifest for committed in self._scan())
+
+    def files(self) -> list[str]:
+        """The names of all committed files in ``storage``, sorted."""
+        return self.storage.names(DETECTIONS)
 
     def committed(self) -> set[str]:
         """URIs that are accounted for, as a result or as a dead letter."""
-        done: set[str] = set()
-        for path in self._detections.glob("*.parquet"):
-            shard = pq.read_table(path, columns=["uri"])
-            done.update(str(uri) for uri in shard.column("uri").to_pylist())
-            done.update(letter.uri for letter in _read_manifest(shard.schema).dead_letters)
-        return done
+        return {uri for committed in self._scan() for uri in committed.versions}
+
+    def settle(self) -> dict[str, str | None]:
+        """The URIs that are accounted for, with their versions; each of them is in one file afterwards.
+
+        Before that an input may be in two, if in a bucket an actor of an earlier run was committing while this one began.
+        """
+        versions: dict[str, str | None] = {}
+        for committed in self._scan():
+            if twins := versions.keys() & committed.versions.keys():
+                self._take_out(committed, twins)
+            for uri, version in committed.versions.items():
+                versions.setdefault(uri, version)
+        return versions
+
+    def forget(self, uris: Collection[str]) -> None:
+        """Take inputs out of the committed files, whether results or dead letters, so that they are computed again."""
+        wanted = set(uris)
+        if wanted:
+            for committed in self._scan():
+                if gone := wanted & committed.versions.keys():
+                    self._take_out(committed, gone)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``errors.jsonl`` from the committed manifests, and ``summary.json``."""
         letters = sorted((letter for manifest in self.manifests() for letter in manifest.dead_letters), key=lambda x: x.uri)
-        self._replace("errors.jsonl", "".join(json.dumps(asdict(letter)) + "\n" for letter in letters))
-        self._replace("summary.json", json.dumps(summary, indent=2) + "\n")
-        self._drop_pending()
+        lines = "".join(json.dumps(asdict(letter)) + "\n" for letter in letters)
+        self.storage.put("errors.jsonl", lines.encode(), self.lease)
+        self._put_json("summary.json", summary)
+        self.storage.delete(PENDING)
 
-    def _file(self, shard: Shard) -> Path:
-        return self._detections / f"{shard.key}.parquet"
+    def _file(self, shard: Shard) -> str:
+        return f"{DETECTIONS}/{shard.key}.parquet"
 
-    def _drop_pending(self) -> None:
-        shutil.rmtree(self._pending.parent, ignore_errors=True)
+    def _scan(self) -> Iterator[_Committed]:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            yield from pool.map(self._read, self.files())
 
-    @property
-    def _detections(self) -> Path:
-        return self.root / "detections"
+    def _read(self, name: str) -> _Committed:
+        rows = self._read_table(name, ["uri", "version"])
+        manifest = _manifest(_about(rows))
+        versions = {letter.uri: letter.version for letter in manifest.dead_letters}
+        versions.update((row["uri"], row["version"]) for row in rows.to_pylist())
+        return _Committed(name, versions, manifest)
 
-    @property
-    def _pending(self) -> Path:
-        return self.root / ".pending" / self.run
+    def _read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self.storage.open(name) as file:
+            return pq.ParquetFile(file).read(columns)
 
-    def _claim(self) -> None:
-        file = self.root / "job.json"
-        if file.exists():
-            differences = _differences(json.loads(file.read_text()), self.job)
+    def _take_out(self, committed: _Committed, gone: Collection[str]) -> None:
+        """Write a committed file again without some of its inputs; their share of the stages' time goes with them."""
+        letters = tuple(letter for letter in committed.manifest.dead_letters if letter.uri not in gone)
+        rows = self._read_table(committed.name)
+        kept = rows.filter(pc.invert(pc.is_in(rows.column("uri"), pa.array(list(gone), pa.string()))))
+        if not kept.num_rows and not letters:
+            self.storage.delete(committed.name)
+            return
+        names = (found["name"] for row in kept.to_pylist() for found in row["detections"])
+        share = kept.num_rows / max(rows.num_rows, 1)
+        manifest = replace(
+            committed.manifest,
+            results=kept.num_rows,
+            dead_letters=letters,
+            classes=dict(Counter(names)),
+            stage_ms={stage: milliseconds * share for stage, milliseconds in committed.manifest.stage_ms.items()},
+        )
+        about = _about(rows) | {"manifest": asdict(manifest)}
+        self._put_table(committed.name, kept.replace_schema_metadata(_metadata(about)))
+
+    def _check_job(self) -> None:
+        job = self.storage.read("job.json")
+        if job is not None:
+            differences = _differences(json.loads(job)["identity"], self.job)
             if differences:
                 raise OutputMismatch(
-                    f"{self.root} holds the results of another job ({'; '.join(differences)}):"
+                    f"{self.storage.root} holds the results of another job ({'; '.join(differences)}):"
                     " give another --out, or --fresh to throw these results away"
                 )
-            return
-        if self.root.exists() and any(self.root.iterdir()):
-            raise OutputMismatch(f"{self.root} holds files that are none of ours: give an empty or a new folder as --out")
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._replace("job.json", json.dumps(self.job, indent=2) + "\n")
+        elif set(self.storage.names()) - {PENDING}:
+            raise OutputMismatch(
+                f"{self.storage.root} holds files that are none of ours: give an empty or a new folder as --out"
+            )
 
     def _clear(self) -> None:
-        shutil.rmtree(self._detections, ignore_errors=True)
-        self._drop_pending()
-        for name in ("errors.jsonl", "summary.json", "job.json"):
-            (self.root / name).unlink(missing_ok=True)
+        for name in (DETECTIONS, PENDING, *DERIVED, "job.json"):
+            self.storage.delete(name)
 
-    def _replace(self, name: str, text: str) -> None:
-        aside = self.root / f".{name}.{uuid.uuid4().hex}"
-        aside.write_text(text)
-        aside.replace(self.root / name)
+    def _put_table(self, name: str, rows: pa.Table) -> None:
+        buffer = pa.BufferOutputStream()
+        pq.write_table(rows, buffer, compression="zstd")
+        self.storage.put(name, buffer.getvalue(), self.lease)
+
+    def _put_json(self, name: str, value: dict[str, Any]) -> None:
+        self.storage.put(name, (json.dumps(value, indent=2) + "\n").encode(), self.lease)
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Of the packages that a result depends on, in this process."""
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def totals(manifests: Iterator[Manifest]) -> Manifest:
@@ -194,8 +349,17 @@ def totals(manifests: Iterator[Manifest]) -> Manifest:
     return Manifest(results, tuple(letters), dict(sorted(classes.items())), stages)
 
 
-def _read_manifest(schema: pa.Schema) -> Manifest:
-    manifest = json.loads(schema.metadata[METADATA_KEY])["manifest"]
+def _metadata(about: dict[str, Any]) -> dict[bytes, bytes]:
+    return {METADATA_KEY: json.dumps(about).encode()}
+
+
+def _about(rows: pa.Table) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(rows.schema.metadata[METADATA_KEY])
+    return about
+
+
+def _manifest(about: dict[str, Any]) -> Manifest:
+    manifest = dict(about["manifest"])
     letters = tuple(DeadLetter(**letter) for letter in manifest.pop("dead_letters"))
     return Manifest(dead_letters=letters, **manifest)
 

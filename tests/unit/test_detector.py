@@ -1,10 +1,14 @@
 """Detector on FakeModel: answers reach their callers, batches form, faults stay with the input that caused them."""
 
+import logging
+import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.detector import Detector
@@ -63,11 +67,15 @@ def test_an_unexpected_error_reaches_its_own_caller_only() -> None:
     assert [n for n, future in enumerate(futures) if future.exception()] == [5]
 
 
-def test_out_of_memory_halves_the_batch_and_nobody_gets_an_error() -> None:
-    with detector("oom=2&slow_ms=5", max_batch=16) as fleet:
-        futures = [fleet.submit(picture(), PredictParams()) for _ in range(40)]
-        sizes = [future.result().timing.batch_size for future in futures]
-    assert 1 < max(sizes) <= 2
+def test_out_of_memory_halves_the_batch_once_and_nobody_gets_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """What did not fit is not tried again, as the log tells."""
+    with detector("oom=2&slow_ms=5", max_batch=16) as fleet, caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            futures = [fleet.submit(picture(), PredictParams()) for _ in range(40)]
+            sizes = [future.result().timing.batch_size for future in futures]
+            assert 1 < max(sizes) <= 2
+    limits = [int(limit) for limit in re.findall(r"from now on at most (\d+) images share a batch", caplog.text)]
+    assert limits[-1] == 2 and limits == sorted(set(limits), reverse=True)
 
 
 def test_out_of_memory_is_halved_again_and_again() -> None:
@@ -76,6 +84,25 @@ def test_out_of_memory_is_halved_again_and_again() -> None:
         futures = [fleet.submit(picture(blue=n), PredictParams()) for n in range(17)]
         classes = [future.result().detections[0].class_id for future in futures]
     assert classes == [n % 4 for n in range(17)]
+
+
+def test_a_tensor_that_is_too_large_is_computed_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+    tensor = np.random.default_rng(0).random((7, 3, 4, 4), np.float32)
+    with detector("oom=2") as fleet, caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            (found,), timing = fleet.submit_tensor(tensor).result()
+            np.testing.assert_allclose(found, tensor.mean(axis=(2, 3)), rtol=1e-6)
+            assert timing.batch_size == 7
+    assert re.findall(r"tensors are computed by (\d+) at most", caplog.text) == ["4", "2"]
+
+
+def test_what_the_model_thread_waits_for_images_is_counted_from_its_first_batch_on() -> None:
+    with detector() as fleet:
+        started = time.perf_counter()
+        fleet.submit(picture(), PredictParams()).result()
+        assert fleet.starved_s == 0
+        fleet.submit(picture(), PredictParams()).result()
+        assert 0 < fleet.starved_s < time.perf_counter() - started
 
 
 def test_a_model_thread_that_dies_leaves_nobody_waiting() -> None:
@@ -118,6 +145,16 @@ def test_health_is_a_real_inference_on_the_model_thread() -> None:
         fleet.check_health()
     with detector("fail=0") as unhealthy, pytest.raises(RuntimeError, match="fails for this image"):
         unhealthy.check_health()
+
+
+def test_an_engine_that_never_comes_back_fails_the_health_check() -> None:
+    settings = ModelSettings(name="fake", weights="fake:?hang=240")
+    stuck = Detector(lambda: FakeModel(settings), LIMITS)  # never closed: its thread is a daemon
+    waiting = stuck.submit(picture(blue=240), PredictParams())
+    while not waiting.running():
+        time.sleep(0.001)
+    with pytest.raises(ReplicaUnavailable, match="did not answer"):
+        stuck.check_health(timeout_s=0.05)
 
 
 def test_closing_answers_what_was_accepted() -> None:

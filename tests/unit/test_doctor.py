@@ -161,7 +161,8 @@ def test_engines_that_are_missing_are_noted_with_the_extra_that_brings_them(monk
     engines = only(doctor.check_engines(), "engines")
     assert engines.status == "note"
     assert ".onnx (onnxruntime), .engine (tensorrt)" in engines.fact
-    assert (engines.mend or "").endswith("`uv sync --extra gpu`")
+    assert ".pt weights are computed by openvino fp32, the fastest on this CPU" in engines.fact
+    assert (engines.mend or "").endswith("`uv sync --extra gpu --extra onnx`")
     monkeypatch.setattr(doctor, "find_spec", lambda name: True)
     assert only(doctor.check_engines(), "engines").status == "ok"
 

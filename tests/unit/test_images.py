@@ -6,16 +6,19 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils.patches import imread
 
 from actors.errors import BadImage, ImageTooLarge
-from actors.images import decode_image
+from actors.images import as_tensor, decode_image
 from actors.settings import ImageLimits
 
 LIMITS = ImageLimits()
@@ -122,6 +125,14 @@ def test_bytes_are_limited() -> None:
 def test_a_side_is_limited() -> None:
     with pytest.raises(ImageTooLarge, match="80x60"):
         decode_image(FILES["rgb.png"](), ImageLimits(max_side_px=79))
+
+
+def test_a_tensor_has_the_values_of_ultralytics() -> None:
+    images = [np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8) for seed in range(2)]
+    predictor = BasePredictor()
+    predictor.device, predictor.model = torch.device("cpu"), SimpleNamespace(fp16=False)
+    predictor.pre_transform = lambda given: given
+    assert np.array_equal(as_tensor(images), predictor.preprocess(images).numpy())
 
 
 SEEDS = [FILES[name]() for name in ("rgb.jpg", "rgb.png", "lossy.webp", "rgb.bmp", "rgb.tiff", "rgb.avif")]

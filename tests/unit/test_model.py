@@ -12,9 +12,10 @@ import pytest
 import ultralytics
 
 from actors.errors import BadRequest, ModelError, ModelOwnershipError
-from actors.model import YoloModel, hash_weights
+from actors.model import YoloModel
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
+from actors.weights import hash_weights
 from deploy.api.ultralytics import summary
 from deploy.demo.scene import draw_scene
 from deploy.weights import EMBEDDED
@@ -134,3 +135,28 @@ def test_oriented_boxes_equal_the_reference(tmp_path: Path) -> None:
     (found,) = model.predict([model.prepare(image, PredictParams(conf=0.0, max_det=5, imgsz=(320, 320)))])
     assert found.task == "obb" and len(found.detections) == 5
     assert summary(found) == reference.summary()
+
+
+def test_an_end_to_end_head_gives_tensors_the_same_rows_whatever_an_image_asked_for_before(tmp_path: Path) -> None:
+    """Fusing an end-to-end model leaves the one head; it is random here, its shapes are not."""
+    weights = tmp_path / "random-end2end.pt"
+    untrained = ultralytics.YOLO("yolo26n.yaml")
+    untrained.model.model[-1].end2end = True
+    untrained.model.model[-1].fuse()
+    untrained.save(weights)
+    model = YoloModel(ModelSettings(name="end2end", weights=str(weights)))
+    assert model.info.end2end and model.info.output_shapes == ((-1, -1, 6),)
+    model.predict([model.prepare(draw_scene(3).image, PredictParams(max_det=900, agnostic_nms=True))])
+    (rows,) = model.infer(np.zeros((2, 3, 256, 256), np.float32))
+    assert rows.shape == (2, 300, 6)
+
+
+def test_a_tensor_comes_out_as_the_described_shapes(model: YoloModel) -> None:
+    assert model.info.output_shapes == ((-1, 8, -1),)
+    inputs = np.zeros((2, 3, 64, 96), np.float32)
+    inputs.flags.writeable = False  # as it is behind HTTP and behind Ray
+    (rows,) = model.infer(inputs)
+    assert rows.shape == (2, 8, 8 * 12 + 4 * 6 + 2 * 3)
+    for shape, sentence in (((1, 3, 64, 65), "multiples of 32"), ((1, 1, 64, 64), "batch, 3"), ((3, 64, 64), "batch, 3")):
+        with pytest.raises(BadRequest, match=sentence):
+            model.infer(np.zeros(shape, np.float32))
