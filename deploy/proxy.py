@@ -4,8 +4,8 @@
                                           └── 503 replica_unavailable, Retry-After
 
 Serve itself would answer 500. An answer that had begun is cut all the same. ``prepare_environment`` names ``middlewares`` to
-Serve, whose proxy on every node calls it. HAProxy, where it is switched on, says 500, as Serve configures it; but what it
-cannot hand to an ingress goes to Serve's proxy as well.
+Serve, whose proxy on every node calls it. What HAProxy says, where it is switched on, is in deploy/haproxy.py; what it cannot
+hand to an ingress goes to Serve's proxy as well.
 """
 
 import asyncio

@@ -1,0 +1,41 @@
+"""HAProxy, with two things put right that Serve's configuration gets wrong: the command that ``use_haproxy`` names to Serve.
+
+    Serve's HAProxyManager ─ yolofleet-haproxy -f CONFIG … ─→ [ main ] ─ becomes ─→ haproxy -dS -f CONFIG …
+
+- ``-dS``: no splicing, which Serve switches on. A request that HAProxy 2.8 has spliced through is not given up when its client
+  goes (in about half of the cases; ``option abortonclose`` is of no help then), and what nobody waits for is computed.
+- Serve has written the answer for an ingress that died with a request in hand, a bare 500, beside CONFIG. Before HAProxy reads
+  it, it becomes what deploy/proxy.py says: 503 replica_unavailable, and when to come back. A client whose connection has
+  brought an answer before sees it closed instead, which is HAProxy's way to say that the request may be sent again.
+"""
+
+import os
+import sys
+from http import HTTPStatus
+from pathlib import Path
+
+from actors.errors import ReplicaUnavailable
+from deploy.environment import haproxy_binary
+
+
+def main() -> None:
+    """Become HAProxy. Serve starts another one at every change of its configuration, hence no imports that are not needed."""
+    apology = Path(sys.argv[sys.argv.index("-f") + 1]).parent / "500.http"
+    if b"retry-after" not in apology.read_bytes():
+        apology.write_bytes(_apology())
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # names this command
+    binary = haproxy_binary() or "haproxy"
+    os.execv(binary, [binary, "-dS", *sys.argv[1:]])  # noqa: S606 - this process is what Serve stops
+
+
+def _apology() -> bytes:
+    """An answer as it goes over the wire."""
+    from starlette.requests import Request
+
+    from deploy.api.problems import problem_response
+
+    died = ReplicaUnavailable("The process that had this request in hand has died, or there is none at present: send it again")
+    response = problem_response(Request({"type": "http", "path": "/", "headers": []}), died)
+    status = f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}\r\n".encode()
+    headers = [b"%b: %b\r\n" % header for header in response.raw_headers if header[1]]  # HAProxy knows no request's id
+    return status + b"".join(headers) + b"\r\n" + bytes(response.body)
