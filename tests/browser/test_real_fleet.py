@@ -1,4 +1,4 @@
-"""A real fleet, the demonstration model and a camera in front of the drawn belt: what is tracked is seen, and who dies.
+"""The page before real fleets: what a camera sees is tracked, and replicas that die, come and go are seen as it happens.
 
 The artefact ``page.jpg`` is the README's picture.
 """
@@ -17,6 +17,7 @@ from deploy.settings import Replicas, ServedModel
 from deploy.weights import EMBEDDED
 from tests.browser.conftest import motion_jpeg, needs_chromium
 from tests.conftest import processes, served, until
+from tests.ray.test_routed import load
 
 needs_chromium()
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -66,3 +67,23 @@ def test_a_stream_goes_on_while_a_replica_dies_and_its_successor_comes(page: Pag
         )
         page.screenshot(path=artefacts / "recovered.png")
         page.goto("about:blank")  # nobody watches while the fleet goes
+
+
+def test_replicas_are_seen_to_come_with_the_load_and_to_go_without_it(page: Page, artefacts: Path) -> None:
+    replicas = Replicas(min=1, max=2, idle_s=1)
+    model = ServedModel(
+        name="fake", weights="fake:?slow_ms=50", replicas=replicas, actor=ActorSettings(num_cpus=0.1), max_batch=1
+    )
+    with served(model, topology="routed") as address:
+        page.goto(f"{address}#fleet")
+        rows = page.get_by_role("table", name="Replicas of fake").locator("tbody tr")
+        changes = page.get_by_role("log", name="What changed")
+        expect(rows).to_have_text([re.compile("RUNNING")], timeout=30_000)
+        with load(address, callers=12) as told:
+            expect(rows).to_have_text([re.compile("RUNNING")] * 2, timeout=60_000)
+            expect(changes).to_contain_text(re.compile("fake: replica .+ is new: (STARTING|RUNNING)"))
+            page.screenshot(path=artefacts / "scaled.png")
+        expect(rows).to_have_text([re.compile("RUNNING")], timeout=60_000)
+        expect(changes).to_contain_text(re.compile("fake: replica .+ is gone"))
+        assert not list(filter(None, told))
+        page.goto("about:blank")
