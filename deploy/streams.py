@@ -13,6 +13,7 @@ has had no streams for a while, and soon after the application has been deleted.
 import asyncio
 import logging
 import pickle
+import random
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import ReplicaUnavailable, StreamConflict, TooManyStreams, UnknownStream
 from actors.schemas import Answer, Sighting, StreamStatus, Terms, Tracked
@@ -238,13 +240,20 @@ class Streams:
 
     def _start(self, name: str) -> Any:
         """The actor of that name, which begins if there is none."""
-        options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        actor = ray.remote(TrackerActor).options(num_cpus=0, max_restarts=-1, max_concurrency=THREADS, **options)
-        return actor.remote(name, self._images, self._limits)
+        named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        life = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": THREADS, "scheduling_strategy": _place()}
+        return ray.remote(TrackerActor).options(**named, **life).remote(name, self._images, self._limits)
 
     async def _running(self) -> list[str]:
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+
+
+def _place() -> NodeAffinitySchedulingStrategy:
+    """A worker node for an actor's first life: what reserves nothing could else begin on a head that is to hold no work."""
+    workers = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    own = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(random.choice(workers or [own]), soft=True)  # noqa: S311 # no secret
 
 
 class RemoteStream:

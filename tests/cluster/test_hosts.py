@@ -6,6 +6,7 @@ One cluster for all. The tests are in an order: each leaves the fleet whole, on 
 import json
 import math
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from websockets.sync.client import connect
 
 from tests.cluster.network import why_not
 from tests.cluster.raylets import ENDPOINT, Cluster, cluster_over_hosts
 from tests.cluster.test_faults import INPUTS, assert_complete
 from tests.conftest import picture, until
 from tests.ray.test_routed import ask, load, wrong
+from tests.ray.test_streams import WIDTHS, socket_of
+from tests.ray.test_streams import ask as ask_stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -98,6 +102,12 @@ def is_closed(address: str) -> bool:
         return True
 
 
+def tracker_host(cluster: Cluster) -> str:
+    """Where the one actor is that holds live streams."""
+    (home,) = (name for name, host in cluster.hosts.items() if any("TrackerActor" in line for line in host.processes()))
+    return home
+
+
 def answers(address: str) -> bool:
     """Whether it answers there, and rightly."""
     try:
@@ -146,6 +156,22 @@ def test_a_host_that_is_cut_off_costs_no_answer_and_is_used_when_it_is_back(clus
     assert not list(filter(None, told))
 
 
+def test_a_stream_whose_trackers_host_dies_keeps_its_ids(cluster: Cluster) -> None:
+    """Objects come one after the other, at places that do not touch; see tests/ray/test_streams."""
+    first, second, third, _ = WIDTHS
+    with connect(socket_of(cluster.url("head"), "moved"), open_timeout=60) as socket:
+        assert [ask_stream(socket, width) for width in (first, first, second, second)] == [[1], [1], [], [2]]
+        begun = time.monotonic()
+        while time.monotonic() - begun < 2:  # until the second object is in a snapshot for sure
+            assert ask_stream(socket, second) == [2]
+        home = tracker_host(cluster)
+        cluster.kill(home)
+        assert [ask_stream(socket, width) for width in (second, third, third)] == [[2], [], [3]]
+    assert tracker_host(cluster) != home
+    cluster.join(home)
+    until(lambda: is_even(cluster), SPREAD_S)
+
+
 def test_a_host_that_dies_during_a_job_costs_no_input_and_no_answer(cluster: Cluster, inputs: Path) -> None:
     with load(cluster.url("head"), callers=4) as told:
         running = job(cluster, inputs)
@@ -178,9 +204,10 @@ def test_a_drained_host_gives_back_what_it_has_and_fails_nobody(cluster: Cluster
     assert not list(filter(None, told))
 
 
-@pytest.mark.long
 def test_while_the_head_is_away_the_others_answer_and_then_the_fleet_heals(cluster: Cluster, inputs: Path) -> None:
     until(lambda: is_even(cluster), SPREAD_S)
+    other = min(cluster.workers - {"one"})
+    assert answers(cluster.url(other))  # one that has never been asked knows no replicas, and cannot ask the head then
     begun = job(cluster, inputs)
     until(lambda: committed(inputs) >= 2)
     with load(cluster.url("one"), callers=4) as told:
@@ -188,7 +215,7 @@ def test_while_the_head_is_away_the_others_answer_and_then_the_fleet_heals(clust
         assert begun.wait(10) != 0
         before = len(told)
         until(lambda: len(told) > before + 100)
-        assert answers(cluster.url("four"))
+        assert answers(cluster.url(other))
         cluster.start_head()
         until(lambda: answers(cluster.url("head")), SPREAD_S)
     assert not list(filter(None, told))
@@ -196,5 +223,5 @@ def test_while_the_head_is_away_the_others_answer_and_then_the_fleet_heals(clust
     assert_complete(inputs)
     summary = json.loads((inputs.parent / "out" / "summary.json").read_text())
     assert 0 < summary["this_run"]["inputs"] < INPUTS  # it went on from what was committed
-    cluster.kill("four")  # and Serve's controller, which was on the head, is back at work
+    cluster.kill(other)  # and Serve's controller, which was on the head, is back at work
     until(lambda: is_whole(cluster, "one"), SPREAD_S)

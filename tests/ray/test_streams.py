@@ -56,6 +56,7 @@ def socket_of(address: str, stream: str, query: str = "") -> str:
 
 
 def ids(answer: dict[str, Any]) -> list[int | None]:
+    assert "error" not in answer, answer
     return [found.get("track_id") for found in answer["image"]["results"]]
 
 
