@@ -25,6 +25,7 @@ from actors.settings import ActorSettings, ImageLimits, ModelSettings
 from actors.storage import Storage
 from actors.worker import OUTPUT, DetectionWorker
 from deploy.batch import Job, JobProgress, JobSettings
+from deploy.environment import free_port
 from deploy.jobs import gallery, list_jobs, recorded
 from tests.conftest import picture, processes
 from tests.unit.test_storage import tar_of
@@ -116,6 +117,23 @@ def test_what_changed_and_what_is_retried_is_computed_again_and_nothing_else(tmp
     shutil.move(folder / "001.png", tmp_path / "elsewhere.png")  # what is gone from the source stays in the output
     assert run(job_of(str(folder), out=out))["inputs"] == 9
     assert Ledger.requested(out)["sources"] == [str(folder)]
+
+
+def test_names_in_a_list_that_cannot_be_read_cost_their_own_rows_and_name_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(picture(blue=2))
+    bad = {
+        "missing.png": "No such file",
+        f"http://127.0.0.1:{free_port()}/nobody.png": "Cannot connect",
+        "ftpx://nowhere/at/all.png": "ftpx",
+    }
+    (tmp_path / "list.txt").write_text("\n".join(["good.png", *bad]))
+    out = tmp_path / "out"
+    assert_complete(run(job_of(str(tmp_path / "list.txt"), out=out)), out, {"good.png": picture(blue=2)})
+    letters = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    assert {letter["stage"] for letter in letters} == {"read"}
+    for name, reason in bad.items():
+        (letter,) = [letter for letter in letters if letter["uri"].endswith(name)]
+        assert reason in letter["reason"]
 
 
 def test_a_worker_in_ray_data_gives_every_row_its_result_or_its_error(tmp_path: Path) -> None:

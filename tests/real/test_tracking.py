@@ -1,5 +1,6 @@
 """Association apart from detection: ids, boxes and frames of ``YOLO.track`` on the same file, and of the drawn world."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from actors.tracker import TRACK_CONF, StreamTracker
 from deploy.demo.scene import Scene, draw_clip
 from deploy.weights import EMBEDDED
 from tests.conftest import ASSETS
+from tests.ray.test_pool import run
+from tests.ray.test_tracks import job_of, tracks_of
 
 pytestmark = pytest.mark.real
 
@@ -71,6 +74,24 @@ def test_a_real_video_is_tracked_as_yolo_track_does(weights_name: str, weights: 
                 for found, outline in zip(result.detections, expected.masks.xy, strict=True):
                     assert found.segments is not None  # and the mask stays with the object that it belongs to
                     assert np.abs(np.mean((found.segments.x, found.segments.y), 1) - outline.mean(0)).max() < 3
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_whole_video_in_spans_over_the_pool_is_tracked_as_yolo_track_does(weights: Path, tmp_path: Path) -> None:
+    video = tmp_path / "in" / "traffic.mp4"
+    video.parent.mkdir()
+    shutil.copy(ASSETS / "data" / "traffic.mp4", video)
+    model = ModelSettings(name="yolo26n", weights=str(weights / "yolo26n.pt"), engine="torch")
+    summary = run(job_of(video, model))
+    rows, theirs = tracks_of(video), reference(video, model.weights, "bytetrack")
+    assert summary["results"] == len(rows) == len(theirs) > 200
+    for row, expected in zip(rows, theirs, strict=True):
+        found, boxes = row["detections"], expected.boxes
+        assert [item["track_id"] for item in found] == ([] if boxes.id is None else boxes.id.int().tolist())
+        ours = np.array([[item[side] for side in ("x1", "y1", "x2", "y2")] for item in found]).reshape(-1, 4)
+        assert np.abs(ours - boxes.xyxy.numpy()).max(initial=0) < 0.5
 
 
 @pytest.fixture(scope="module")
