@@ -7,8 +7,8 @@
     every round, in rotated order, one after another:
                       └ start ─→ every image once: warm-up, boxes counted ─→ Closed(callers, requests) ─→ end
 
-The report says how far a side's boxes are from those of ``YOLO.predict``: nobody wins by being wrong. A side that cannot run
-here is kept, with its reason.
+The report says how far a side's boxes are from those of ``YOLO.predict`` on the same file: nobody wins by being wrong. A side
+that cannot run here is kept, with its reason.
 """
 
 import json
@@ -133,7 +133,7 @@ class PeersReport:
 
     Attributes:
         callers: that asked at the same time; ``requests``, ``images`` and ``rounds`` likewise as in ``Contest``.
-        boxes: that ``YOLO.predict`` finds in all images: setup → number.
+        boxes: that ``YOLO.predict`` finds in all images: setup, or "onnx" → number.
         sides: who took part.
         circumstances: machine, versions, commit, command.
     """
@@ -171,7 +171,7 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
     """
     with tempfile.TemporaryDirectory() as scratch:
         weights = _exports(Path(contest.model.weights), Path(scratch), report)
-        reference = {setup: in_a_loop(sys.executable, str(weights[setup]), contest.images).boxes for setup in _SETUPS}
+        reference = {key: in_a_loop(sys.executable, str(file), contest.images).boxes for key, file in weights.items()}
         entries = [*_baselines(contest, weights), *_fleets(contest, weights, reference)]
         entries += _peers(contest, weights, reference, report)
         for turn in range(contest.rounds):
@@ -182,7 +182,7 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
         requests=contest.requests,
         images=len(contest.images),
         rounds=contest.rounds,
-        boxes={setup: sum(boxes) for setup, boxes in reference.items()},
+        boxes={key: sum(boxes) for key, boxes in reference.items()},
         sides=[entry.side for entry in entries],
         circumstances=circumstances(),
     )
@@ -190,7 +190,7 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
 
 _SETUPS: tuple[Setup, ...] = ("documented", "same engine")
 Weights = dict[str, Path]  # setup, or "onnx" → what is loaded
-Boxes = dict[Setup, list[int]]  # of each image
+Boxes = dict[str, list[int]]  # of each image, by the same keys
 
 
 def _measured(entry: _Entry) -> str:
@@ -245,9 +245,9 @@ def _peers(contest: Contest, weights: Weights, reference: Boxes, report: Callabl
             reason = error.message
             report(f"{peer.title}: {reason}")
         for setup in peer.setups:
-            file = weights.get("onnx" if peer.onnx else setup)
-            side = Side(peer.title, setup, its_version, reason=reason if file else "there is no ONNX export")
-            entries.append(_Entry(side, _peer_run(peer, python, file, contest, reference[setup])))
+            key = "onnx" if peer.onnx else setup
+            side = Side(peer.title, setup, its_version, reason=reason if key in weights else "there is no ONNX export")
+            entries.append(_Entry(side, _peer_run(peer, python, weights.get(key), contest, reference.get(key, []))))
     return entries
 
 

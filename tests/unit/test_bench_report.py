@@ -37,7 +37,8 @@ REPORTS: dict[str, Any] = {
         16, 4, 3, 2, {"documented": 10, "same engine": 10},
         [
             Side("yolofleet auto", "same engine", "0.1.0", "openvino", [20.0, 30.0], LEVELS[:2], [9.0, 9.0], [2e3, 2e3], 0.0),
-            Side("LitServe", "same engine", "0.2.19", None, [10.0, 10.0], LEVELS[:2], [5.0, 5.0], [900.0, 900.0], 0.1),
+            Side("LitServe", "same engine", "0.2.19", None, [10.0, 10.0], LEVELS[:2], [5.0, 5.0], [900.0, 900.0], 0.02),
+            Side("Hasty", "same engine", "1.0", None, [90.0, 90.0], LEVELS[:2], [5.0, 5.0], [900.0, 900.0], 0.5),
             Side("Roboflow inference", "documented", reason="there is no ONNX export"),
         ],
         circumstances(),
@@ -69,7 +70,9 @@ def test_rounds_of_a_load_share_a_line() -> None:
 
 def test_yolofleet_is_compared_within_each_round() -> None:
     text = markdown(REPORTS["peers"].as_dict())
-    assert rows(text)["LitServe, 1 errors"][-2:] == ["10.0 %", "2.50 times it"]  # the median of 20/10 and 30/10
+    assert rows(text)["LitServe, 1 errors"][-2:] == ["2.0 %", "2.50 times it"]  # the median of 20/10 and 30/10
+    assert [*rows(text)].index("Hasty, 1 errors, **wrong boxes**") > [*rows(text)].index("LitServe, 1 errors")
+    assert rows(text)["Hasty, 1 errors, **wrong boxes**"][-1] == ""  # nobody wins by being wrong
     assert "Roboflow inference was not measured: there is no ONNX export" in text
 
 

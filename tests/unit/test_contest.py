@@ -85,4 +85,5 @@ def test_everybody_is_measured_in_every_round(images: list[Path]) -> None:
     first, second = order[: len(sides)], order[len(sides) :]
     assert second == [*first[1:], first[0]]
     table = markdown(report.as_dict())
-    assert f"| right | {median(sides['right', 'documented'].per_s):.2f} |" in table and "| 100.0 % |" in table
+    assert f"| right | {median(sides['right', 'documented'].per_s):.2f} |" in table
+    assert "| blind, **wrong boxes** |" in table and "| 100.0 % |" in table
