@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,10 +36,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.errors import BadRequest, DeadlineExceeded, EngineOutOfMemory, ModelError, ReplicaUnavailable
-from actors.images import decode_image
+from actors.images import decode_image, decode_reduced
 from actors.model import Model
 from actors.schemas import ImageResult, ModelInfo, PredictParams, Timing
 from actors.settings import ImageLimits
+
+Pixels = tuple[NDArray[np.uint8], tuple[int, ...]]  # of an image, and the shape in whose pixels its result is to be
 
 MAX_WAITING_BYTES = 256_000_000  # of decoded pixels
 WARM_UP_SHAPES = ((480, 640), (640, 480), (640, 640))  # the commonest photographs, (height, width)
@@ -75,6 +78,7 @@ class Detector:
         limits: what an encoded image may weigh.
         max_batch: most images in one forward pass.
         decode_threads: size of the decode pool.
+        reduced: decode JPEGs at reduced scale where that leaves enough pixels; see ``decode_reduced``.
 
     Attributes:
         info: what was loaded.
@@ -87,8 +91,16 @@ class Detector:
 
     on_batch: Callable[[int], None] = staticmethod(lambda size: None)
 
-    def __init__(self, load: Callable[[], Model], limits: ImageLimits, *, max_batch: int = 8, decode_threads: int = 2) -> None:
-        self._limits = limits
+    def __init__(
+        self,
+        load: Callable[[], Model],
+        limits: ImageLimits,
+        *,
+        max_batch: int = 8,
+        decode_threads: int = 2,
+        reduced: bool = False,
+    ) -> None:
+        self._limits, self._reduced = limits, reduced
         self._max_batch = max_batch
         self._max_tensor: int | None = None  # images of a caller's own tensor in one pass; known when one was too many
         self._waiting: deque[_Waiting | _Tensor] = deque()
@@ -134,11 +146,11 @@ class Detector:
         Returns:
             A future of the result; it raises BadImage, BadRequest, DeadlineExceeded or EngineOutOfMemory.
         """
-        return self._submit(lambda: decode_image(data, self._limits), params, deadline)
+        return self._submit(partial(self._pixels, data, params), params, deadline)
 
     def submit_frame(self, image: NDArray[np.uint8], params: PredictParams, deadline: float = math.inf) -> Future[ImageResult]:
         """Detect in one image that is decoded already, (H, W, 3) uint8 BGR; else like ``submit``."""
-        return self._submit(lambda: image, params, deadline)
+        return self._submit(lambda: (image, image.shape), params, deadline)
 
     def submit_tensor(
         self, inputs: NDArray[np.float32], deadline: float = math.inf
@@ -179,13 +191,20 @@ class Detector:
         if thread:
             thread.join()
 
-    def _submit(self, decode: Callable[[], NDArray[np.uint8]], params: PredictParams, deadline: float) -> Future[ImageResult]:
+    def _pixels(self, data: bytes, params: PredictParams) -> Pixels:
+        if not self._reduced:
+            image = decode_image(data, self._limits)
+            return image, image.shape
+        info = self.info
+        return decode_reduced(data, self._limits, params.imgsz or info.imgsz, whole=info.task != "classify")
+
+    def _submit(self, decode: Callable[[], Pixels], params: PredictParams, deadline: float) -> Future[ImageResult]:
         answer: Future[ImageResult] = Future()
         self._decoders.submit(self._decode, decode, params, deadline, answer)
         return answer
 
     def _decode(
-        self, decode: Callable[[], NDArray[np.uint8]], params: PredictParams, deadline: float, answer: Future[ImageResult]
+        self, decode: Callable[[], Pixels], params: PredictParams, deadline: float, answer: Future[ImageResult]
     ) -> None:
         with self._wake:
             self._wake.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES or self._closed)
@@ -197,7 +216,8 @@ class Detector:
             _fail(answer, _too_late())
             return
         try:
-            prepared = self._model.prepare(decode(), params)
+            image, shape = decode()
+            prepared = self._model.prepare(image, params, shape)
         except Exception as error:
             _fail(answer, error)
             return

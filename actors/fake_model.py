@@ -73,9 +73,9 @@ class FakeModel:
         """A fixed description with the engine ``fake``."""
         return self._info
 
-    def prepare(self, image: Array, params: PredictParams) -> FakePrepared:
+    def prepare(self, image: Array, params: PredictParams, shape: tuple[int, ...] | None = None) -> FakePrepared:
         """Keep the image as it is; images of one shape share a bucket."""
-        return FakePrepared(image, params)
+        return FakePrepared(image, params, shape or image.shape)
 
     def predict(self, batch: Sequence[FakePrepared]) -> list[ImageResult]:
         """Answer from the pixels' means, or fault as the options say."""
@@ -93,7 +93,7 @@ class FakeModel:
         if self._fail in markers:
             raise RuntimeError("the fake model fails for this image, as its options ask")
         self._fit(len(batch))
-        found = [fake_result(item.inputs, item.params, len(batch), self._shift) for item in batch]
+        found = [fake_result(item.inputs, item.params, len(batch), self._shift, item.shape) for item in batch]
         return [
             replace(result, detections=()) if marker == self._miss else result
             for marker, result in zip(markers, found, strict=True)
@@ -113,8 +113,8 @@ class FakeModel:
 class FakePrepared:
     """An image and its thresholds, bucketed by shape."""
 
-    def __init__(self, image: Array, params: PredictParams) -> None:
-        self.inputs, self.params = image, params
+    def __init__(self, image: Array, params: PredictParams, shape: tuple[int, ...]) -> None:
+        self.inputs, self.params, self.shape = image, params, shape
         self.bucket = image.shape
 
 
@@ -123,9 +123,11 @@ def fake_sha256(weights: str) -> str:
     return hashlib.sha256(weights.encode()).hexdigest()
 
 
-def fake_result(image: Array, params: PredictParams, batch_size: int = 1, shift: int = 0) -> ImageResult:
-    """What FakeModel answers for an (H, W, 3) uint8 image."""
-    height, width = image.shape[:2]
+def fake_result(
+    image: Array, params: PredictParams, batch_size: int = 1, shift: int = 0, shape: tuple[int, ...] | None = None
+) -> ImageResult:
+    """What FakeModel answers for an (H, W, 3) uint8 image, or for its smaller copy."""
+    height, width = (shape or image.shape)[:2]
     class_id = (int(image[..., 0].mean()) + shift) % len(NAMES)
     confidence = float(image[..., 2].mean()) / 255
     box = (width / 4, height / 4, width * 3 / 4, height * 3 / 4)

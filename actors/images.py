@@ -26,6 +26,7 @@ from actors.errors import BadImage, ImageTooLarge
 from actors.settings import ImageLimits
 
 Array = NDArray[np.uint8]
+Shape = tuple[int, ...]
 
 cv2.setNumThreads(0)  # decoding runs in our own pool; OpenCV's would fight the engine for the cores
 Image.init()  # all plugins, which Image.OPEN then names
@@ -35,6 +36,7 @@ warnings.filterwarnings("ignore", module="PIL")  # odd metadata in a client's fi
 SUPPORTED = "JPEG, PNG, WebP, BMP, TIFF, JPEG 2000 or AVIF"
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".jpe", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 
+_REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 _FROM_0_TO_1 = np.arange(256, dtype=np.float32) / 255
 
 # By content, not by name: what a client calls its file decides nothing.
@@ -62,19 +64,37 @@ def decode_image(data: bytes, limits: ImageLimits) -> Array:
         ImageTooLarge: more bytes or pixels than ``limits`` allow; nothing was decoded.
         BadImage: empty, of an unsupported format, truncated or corrupt.
     """
-    kind = _sniff(data)
-    if len(data) > limits.max_image_mb * 1e6:
-        raise ImageTooLarge(f"The image has {len(data) / 1e6:.1f} MB; at most {limits.max_image_mb:g} MB are accepted")
-    _check_size(data, kind, limits)
-    if not _is_complete(data, kind):
-        raise BadImage("The image is truncated: send the whole file")
-    try:
-        image = _decode(data, kind)
-    except Exception as error:  # decoders raise many types; whatever they say, the file is at fault
-        raise BadImage(f"The {kind} file is corrupt and cannot be decoded: encode it again") from error
-    if image is None:
-        raise BadImage(f"The {kind} file is corrupt and cannot be decoded: encode it again")
-    return np.ascontiguousarray(image)
+    return _decoded(data, _checked(data, limits)[0])
+
+
+def decode_reduced(data: bytes, limits: ImageLimits, imgsz: tuple[int, int], *, whole: bool = True) -> tuple[Array, Shape]:
+    """Decode a JPEG at a half, a quarter or an eighth of its sides, as long as ``imgsz`` needs no more pixels.
+
+    libjpeg-turbo leaves out the high frequencies of each block of 8x8 before it transforms it
+    (https://libjpeg-turbo.org, ``scale_num``), so that the pixels differ from those of an image that was decoded and then
+    scaled down. Any other format is decoded as by ``decode_image``.
+
+    Args:
+        data: the encoded file.
+        limits: what it may weigh, in bytes and in pixels.
+        imgsz: height and width to which it will be scaled.
+        whole: it will be scaled to lie within ``imgsz``, else so that it covers it.
+
+    Returns:
+        (h, w, 3) uint8 array in BGR order, upright, and the (H, W, 3) of the original.
+
+    Raises:
+        ImageTooLarge, BadImage: see ``decode_image``.
+    """
+    kind, (width, height) = _checked(data, limits)
+    ratios = (imgsz[0] / height, imgsz[1] / width)
+    scale = min(ratios) if whole else max(ratios)
+    by = next((by for by in _REDUCED if kind == "JPEG" and scale * by <= 1), 1)
+    image = _decoded(data, kind, _REDUCED.get(by, cv2.IMREAD_COLOR))
+    if by == 1:
+        return image, image.shape
+    turned = image.shape[:2] != (-(-height // by), -(-width // by))  # by its EXIF orientation
+    return image, (width, height, 3) if turned else (height, width, 3)
 
 
 def starts_like_image(head: bytes) -> bool:
@@ -116,6 +136,27 @@ def shrink(image: Array, longest_side: int) -> Array:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
+def _checked(data: bytes, limits: ImageLimits) -> tuple[str, tuple[int, int]]:
+    """What kind of file it is, and (width, height) as its header has them; complete, and not more than ``limits`` allow."""
+    kind = _sniff(data)
+    if len(data) > limits.max_image_mb * 1e6:
+        raise ImageTooLarge(f"The image has {len(data) / 1e6:.1f} MB; at most {limits.max_image_mb:g} MB are accepted")
+    size = _check_size(data, kind, limits)
+    if not _is_complete(data, kind):
+        raise BadImage("The image is truncated: send the whole file")
+    return kind, size
+
+
+def _decoded(data: bytes, kind: str, mode: int = cv2.IMREAD_COLOR) -> Array:
+    try:
+        image = _decode(data, kind, mode)
+    except Exception as error:  # decoders raise many types; whatever they say, the file is at fault
+        raise BadImage(f"The {kind} file is corrupt and cannot be decoded: encode it again") from error
+    if image is None:
+        raise BadImage(f"The {kind} file is corrupt and cannot be decoded: encode it again")
+    return np.ascontiguousarray(image)
+
+
 def _sniff(data: bytes) -> str:
     if not data:
         raise BadImage("The file is empty: send the bytes of an image")
@@ -129,13 +170,14 @@ def _sniff(data: bytes) -> str:
     raise BadImage(f"This is not an image that can be read: send {SUPPORTED}")
 
 
-def _check_size(data: bytes, kind: str, limits: ImageLimits) -> None:
+def _check_size(data: bytes, kind: str, limits: ImageLimits) -> tuple[int, int]:
     width, height = _header_size(data, kind)
     if width * height > limits.max_megapixels * 1e6 or max(width, height) > limits.max_side_px:
         raise ImageTooLarge(
             f"The image is {width}x{height} pixels; at most {limits.max_megapixels:g} megapixels"
             f" and {limits.max_side_px} pixels a side are accepted: scale it down"
         )
+    return width, height
 
 
 def _open(data: bytes, kind: str) -> Image.Image:
@@ -171,7 +213,7 @@ def _is_complete(data: bytes, kind: str) -> bool:
     return True
 
 
-def _decode(data: bytes, kind: str) -> Array | None:
+def _decode(data: bytes, kind: str, mode: int) -> Array | None:
     buffer = np.frombuffer(data, np.uint8)
     if kind == "AVIF":
         return _decode_with_pillow(data)
@@ -179,7 +221,7 @@ def _decode(data: bytes, kind: str) -> Array | None:
         image = _decode_colour_tiff(buffer)
         if image is not None:
             return image
-    decoded = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+    decoded = cv2.imdecode(buffer, mode)
     return None if decoded is None else _to_bytes(decoded)
 
 

@@ -72,8 +72,8 @@ class Model(Protocol):
     def info(self) -> ModelInfo:
         """What was loaded."""
 
-    def prepare(self, image: Array, params: PredictParams) -> Any:
-        """Letterbox ``image``. Safe in any thread."""
+    def prepare(self, image: Array, params: PredictParams, shape: tuple[int, ...] | None = None) -> Any:
+        """Letterbox ``image``, a reduced copy of one of ``shape``. Safe in any thread."""
 
     def predict(self, batch: Sequence[Any]) -> list[ImageResult]:
         """One forward pass over a batch of one bucket. On the owner thread only."""
@@ -164,12 +164,13 @@ class YoloModel:
         """Whether the head takes ``max_det`` and ``agnostic_nms`` from each call, as end-to-end ``.pt`` weights do."""
         return self._adjustable_head
 
-    def prepare(self, image: Array, params: PredictParams) -> Prepared:
+    def prepare(self, image: Array, params: PredictParams, shape: tuple[int, ...] | None = None) -> Prepared:
         """Letterbox one image as Ultralytics' predictor does for a single image. Safe in any thread.
 
         Args:
             image: (H, W, 3) uint8 BGR.
             params: its thresholds; ``imgsz`` decides the letterbox target.
+            shape: (H, W, 3) in whose pixels the result is to be, if ``image`` is a smaller copy.
 
         Raises:
             BadRequest: ``classes`` names ids that the model does not have, ``imgsz`` is not what a fixed export takes, or
@@ -181,9 +182,9 @@ class YoloModel:
         imgsz = self._checked_imgsz(params.imgsz or self._imgsz)
         head = (max(params.max_det, END2END_CANDIDATES), params.agnostic_nms) if self._adjustable_head else ()
         if self._info.task == "classify":
-            return Prepared(image.shape, image, params, ("classify", imgsz))
+            return Prepared(shape or image.shape, image, params, ("classify", imgsz))
         inputs = self._letterbox(imgsz, params.rect)(image=image)
-        return Prepared(image.shape, inputs, params, (inputs.shape, *head))
+        return Prepared(shape or image.shape, inputs, params, (inputs.shape, *head))
 
     def predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
         """Run one forward pass over images of one bucket, then post-process each with its own thresholds.

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Engine = Literal["auto", "torch", "openvino", "onnx", "tensorrt"]
 EnginePrecision = Literal["auto", "fp32", "fp16", "int8"]
+Decode = Literal["exact", "reduced"]
 
 STREAM_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 REGION_NAME = r"^[\w .:-]{1,64}$"
@@ -45,6 +46,8 @@ class ModelSettings(Settings):
     ``weights`` is whatever ``ultralytics.YOLO`` loads (.pt, .onnx, OpenVINO folder, .engine, .torchscript). ``engine`` and
     ``precision`` say what computes ``.pt`` weights: ``auto`` takes the fastest that agrees with the original (see
     ``actors/engines.py``). ``calibrate`` is the folder of images that int8 is fitted to.
+    ``decode`` says whether a large JPEG's pixels are those that ``YOLO.predict`` sees, or those of a decoder that reads it at
+    reduced scale in less time.
     """
 
     name: Annotated[str, Field(pattern=MODEL_NAME)]
@@ -54,6 +57,7 @@ class ModelSettings(Settings):
     engine: Engine = "auto"
     precision: EnginePrecision = "auto"
     calibrate: str | None = None
+    decode: Decode = "exact"
 
     @model_validator(mode="after")
     def _calibrated(self) -> ModelSettings:

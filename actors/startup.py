@@ -89,7 +89,8 @@ def settled_model(model: ModelSettings, load: Load, *, gpu: bool = True) -> Mode
 
 
 def _detector(load: Callable[[], Model], model: ModelSettings, actor: ActorSettings, limits: ImageLimits) -> Detector:
-    return Detector(load, limits, max_batch=model.max_batch, decode_threads=max(2, actor.threads))
+    threads, reduced = max(2, actor.threads), model.decode == "reduced"
+    return Detector(load, limits, max_batch=model.max_batch, decode_threads=threads, reduced=reduced)
 
 
 def _make_and_replace(

@@ -60,7 +60,11 @@ class DetectionWorker:
         self._uri, self._content = uri, content
         load = partial(load_model, model, threads)  # Ray Data has reserved, and shows the GPU or none
         self._detector = Detector(
-            lambda: settled_model(model, load), limits, max_batch=model.max_batch, decode_threads=max(2, threads)
+            lambda: settled_model(model, load),
+            limits,
+            max_batch=model.max_batch,
+            decode_threads=max(2, threads),
+            reduced=model.decode == "reduced",
         )
 
     def __call__(self, batch: pa.Table) -> pa.Table:

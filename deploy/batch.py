@@ -129,7 +129,8 @@ class JobSettings(Settings):
         """What decides the results of some jobs only. The engine does too: the ledger has it from the first actor."""
         tracker = {"tracker": self.tracker.model_dump()} if self.tracker else {}
         folder = self.model.calibrate
-        return tracker | ({"calibration": digest_of_folder(Path(folder))} if folder else {})
+        decode = {} if self.model.decode == "exact" else {"decode": self.model.decode}
+        return tracker | decode | ({"calibration": digest_of_folder(Path(folder))} if folder else {})
 
     def request(self) -> dict[str, Any]:
         """All of it as JSON values that mean the same from any working directory; for ``retried``."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from actors.errors import FleetError
-from actors.settings import Engine, EnginePrecision
+from actors.settings import Decode, Engine, EnginePrecision
 from deploy.environment import prepare_environment, use_haproxy
 from deploy.settings import LogFormat, LogLevel, Topology
 
@@ -56,6 +56,7 @@ EngineFlag = Annotated[
 ]
 PrecisionFlag = Annotated[EnginePrecision, typer.Option("--precision", help="auto: fp32 on a CPU, fp16 on a GPU")]
 Calibrate = Annotated[Path | None, typer.Option(metavar="FOLDER", help="images that --precision int8 is fitted to")]
+DecodeFlag = Annotated[Decode, typer.Option("--decode", help="reduced: large JPEGs by a faster way, boxes differ slightly")]
 Weights = Annotated[str | None, typer.Option(metavar="WEIGHTS", help="what ultralytics.YOLO loads")]
 ServeTopology = Annotated[Topology, typer.Option(help="direct: the model lives in the ingress; auto: if it is the only one")]
 HaProxy = Annotated[bool, typer.Option("--haproxy", help="Serve's HAProxy data plane instead of its Python proxy")]
@@ -78,6 +79,7 @@ def serve(
     engine: EngineFlag = "auto",
     precision: PrecisionFlag = "auto",
     calibrate: Calibrate = None,
+    decode: DecodeFlag = "exact",
     topology: ServeTopology = "auto",
     haproxy: HaProxy = False,
     api_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="hashes of the keys that may ask; see 'key'")] = None,
@@ -97,7 +99,7 @@ def serve(
 
     def from_flags() -> AppSettings:
         count = Replicas.from_flag(replicas)
-        models = models_from_flags(model or [], console.print, **_engine(engine, precision, calibrate))
+        models = models_from_flags(model or [], console.print, **_engine(engine, precision, calibrate), decode=decode)
         actor = reservation(len(models) * count.max, cpus_per_replica, gpus_per_replica)
         served = tuple(ServedModel(**each.model_dump(), replicas=count, actor=actor) for each in models)
         auth = AuthSettings(keys_file=None if api_keys is None else str(api_keys.resolve()))
@@ -169,6 +171,7 @@ def predict(
     engine: EngineFlag = "auto",
     precision: PrecisionFlag = "auto",
     calibrate: Calibrate = None,
+    decode: DecodeFlag = "exact",
     imgsz: Imgsz = None,
     conf: Annotated[float, typer.Option(help="lowest confidence reported")] = 0.25,
     iou: Iou = 0.7,
@@ -208,7 +211,7 @@ def predict(
                 out,
                 model,
                 actors,
-                _engine(engine, precision, calibrate) | {"max_batch": batch_size},
+                _engine(engine, precision, calibrate) | {"decode": decode, "max_batch": batch_size},
                 max_errors,
                 params=replace(_params(conf, iou, imgsz, classes, max_det), rect=rect, multi_label=multi_label),
                 column=column,
@@ -242,6 +245,7 @@ def track(
     engine: EngineFlag = "auto",
     precision: PrecisionFlag = "auto",
     calibrate: Calibrate = None,
+    decode: DecodeFlag = "exact",
     imgsz: Imgsz = None,
     conf: Annotated[float, typer.Option(help="lowest confidence that the tracker sees")] = 0.1,
     iou: Iou = 0.7,
@@ -263,7 +267,7 @@ def track(
             out,
             model,
             actors,
-            _engine(engine, precision, calibrate) | {"max_batch": batch_size},
+            _engine(engine, precision, calibrate) | {"decode": decode, "max_batch": batch_size},
             max_errors,
             params=_params(conf, iou, imgsz, classes, max_det),
             tracker=TrackerSettings.model_validate({"kind": tracker}),

@@ -31,6 +31,7 @@ def models_from_flags(flags: Sequence[str], say: Callable[[str], None], **settin
 def flags_of(model: ModelSettings) -> list[str]:
     """What makes ``yolofleet serve`` and ``predict`` run this model: the inverse of ``models_from_flags``."""
     flags = ["--model", f"{model.name}={model.weights}", "--engine", model.engine, "--precision", model.precision]
+    flags += [] if model.decode == "exact" else ["--decode", model.decode]
     return flags + ([] if model.calibrate is None else ["--calibrate", model.calibrate])
 
 

@@ -8,15 +8,19 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 from actors.detector import Detector
 from actors.errors import BadImage, EngineOutOfMemory, ModelError, ReplicaUnavailable
 from actors.fake_model import FakeModel, fake_result
-from actors.images import decode_image
+from actors.images import decode_image, encode_jpeg
+from actors.model import YoloModel
 from actors.schemas import ImageResult, PredictParams
 from actors.settings import ImageLimits, ModelSettings
+from deploy.demo.scene import draw_scene
+from deploy.weights import EMBEDDED
 from tests.conftest import picture
 
 LIMITS = ImageLimits()
@@ -58,6 +62,21 @@ def test_a_bad_image_fails_alone() -> None:
         futures = [fleet.submit(b"bad" if n == 3 else picture(), PredictParams()) for n in range(8)]
         wait(futures)
     assert [type(future.exception()) for future in futures] == [BadImage if n == 3 else type(None) for n in range(8)]
+
+
+def test_a_large_jpeg_decoded_at_reduced_scale_has_its_boxes_where_they_are() -> None:
+    scene = draw_scene(5, 320, 240)
+    data = encode_jpeg(cv2.resize(scene.image, (1280, 960), interpolation=cv2.INTER_CUBIC))
+    found = []
+    for reduced in (False, True):
+        made = Detector(lambda: YoloModel(EMBEDDED), LIMITS, reduced=reduced)
+        found.append(made.submit(data, PredictParams(imgsz=(320, 320), conf=0.5)).result())
+        made.close()
+    exact, fast = found
+    assert (fast.width, fast.height) == (exact.width, exact.height) == (1280, 960)
+    assert len(exact.detections) == len(scene.parts) > 3
+    place = [sorted((one.class_id, *(one.box or ())) for one in result.detections) for result in found]
+    assert np.array(place[1]) == pytest.approx(np.array(place[0]), abs=8)  # pixels of the original: 2 of what is looked at
 
 
 def test_an_unexpected_error_reaches_its_own_caller_only() -> None:

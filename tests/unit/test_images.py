@@ -18,7 +18,7 @@ from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils.patches import imread
 
 from actors.errors import BadImage, ImageTooLarge
-from actors.images import as_tensor, decode_image
+from actors.images import as_tensor, decode_image, decode_reduced
 from actors.settings import ImageLimits
 
 LIMITS = ImageLimits()
@@ -125,6 +125,33 @@ def test_bytes_are_limited() -> None:
 def test_a_side_is_limited() -> None:
     with pytest.raises(ImageTooLarge, match="80x60"):
         decode_image(FILES["rgb.png"](), ImageLimits(max_side_px=79))
+
+
+@pytest.mark.parametrize(
+    ("size", "imgsz", "whole", "expected"),
+    [
+        ((1280, 960), (640, 640), True, (480, 640)),
+        ((1279, 959), (640, 640), True, (959, 1279)),
+        ((1281, 959), (320, 320), True, (240, 321)),
+        ((4000, 3000), (640, 640), True, (750, 1000)),
+        ((4000, 3000), (224, 224), False, (375, 500)),
+        ((1280, 480), (320, 320), True, (120, 320)),
+        ((1280, 480), (320, 320), False, (480, 1280)),
+        ((640, 480), (640, 640), True, (480, 640)),
+    ],
+)
+def test_a_jpeg_is_reduced_as_far_as_enough_pixels_stay(
+    size: tuple[int, int], imgsz: tuple[int, int], whole: bool, expected: tuple[int, int]
+) -> None:
+    width, height = size
+    data = _saved(Image.new("RGB", size, (200, 100, 50)), "JPEG")
+    image, shape = decode_reduced(data, LIMITS, imgsz, whole=whole)
+    assert (image.shape, shape) == ((*expected, 3), (height, width, 3))
+    assert np.abs(image.astype(int) - (50, 100, 200)).max() <= 2
+    turned = _saved(Image.new("RGB", size), "JPEG", exif=_exif(6))
+    assert decode_reduced(turned, LIMITS, imgsz, whole=whole)[1] == (width, height, 3)
+    other = _saved(Image.new("RGB", size), "PNG")
+    assert decode_reduced(other, LIMITS, imgsz, whole=whole)[0].shape == (height, width, 3)
 
 
 def test_a_tensor_has_the_values_of_ultralytics() -> None:

@@ -282,7 +282,7 @@ def test_a_batch_is_not_rehearsed_at_another_size_than_the_models_own(gpu: Gpu, 
     shapes = set[tuple[int, ...]]()
 
     class Watched(OnGpu):
-        def prepare(self, image: Any, params: PredictParams) -> Any:
+        def prepare(self, image: Any, params: PredictParams, shape: Any = None) -> Any:
             shapes.add(np.shape(image))
             return super().prepare(image, params)
 
