@@ -123,7 +123,7 @@ def test_names_in_a_list_that_cannot_be_read_cost_their_own_rows_and_name_the_re
     (tmp_path / "good.png").write_bytes(picture(blue=2))
     bad = {
         "missing.png": "No such file",
-        f"http://127.0.0.1:{free_port()}/nobody.png": "Cannot connect",
+        f"http://127.0.0.1:{free_port()}/nobody.png": "Connect call failed",
         "ftpx://nowhere/at/all.png": "ftpx",
     }
     (tmp_path / "list.txt").write_text("\n".join(["good.png", *bad]))
