@@ -48,13 +48,13 @@ class Budget:
         self._full_at = 0.0
 
     def take(self) -> float:
-        """Spend one request. Returns 0, or the seconds after which one is there to spend."""
+        """Spend one request. Returns 0, or the seconds, to the microsecond, after which one is there to spend."""
         if self.per_minute is None:
             return 0.0
         now = self._clock()
         full_at = max(self._full_at, now) + WINDOW_S / self.per_minute
-        wait = full_at - now - WINDOW_S
-        if wait > 1e-6:
+        wait = round(full_at - now - WINDOW_S, 6)
+        if wait > 0:
             return wait
         self._full_at = full_at
         return 0.0

@@ -37,7 +37,8 @@ os.environ.setdefault("YOLOFLEET_CACHE_DIR", str(Path(tempfile.gettempdir()) / f
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several workers share few cores: no spinning at barriers
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # 10,000 by default: too long to wait for in a test
 
-settings.register_profile("fleet", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no timing is asserted
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no timing is asserted
+settings.register_profile("fleet", settings.get_profile("explore"), derandomize=True)  # the same examples in every run
 settings.load_profile("fleet")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

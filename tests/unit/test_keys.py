@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from actors.errors import BadRequest
@@ -153,6 +153,7 @@ def test_the_default_rate_is_for_lines_without_one(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 5000), st.floats(0, 1e6))
+@example(1, 0.38)  # a sum of floats that once took a 61st second
 def test_a_full_budget_is_a_minutes_worth_and_retry_after_is_exact(per_minute: int, start: float) -> None:
     clock = Clock()
     clock.now += start
