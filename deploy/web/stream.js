@@ -43,10 +43,10 @@ class Run {
 export async function visible(seen) {
   atWork(seen);
   if (!seen || known) return;
+  problem("stream-problem"); // before it asks: what is said meanwhile stays
   try {
     await ask("streams");
     known = true;
-    problem("stream-problem");
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     problem("stream-problem", error.status === 404 ? "This fleet has no streams: images only." : error.message);

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from actors.detector import Detector
 from actors.fake_model import FakeModel
@@ -46,6 +46,9 @@ def browser(belt: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield launched
         launched.close()
+
+
+expect.set_options(timeout=30_000)  # other tests take the cores
 
 
 @pytest.fixture

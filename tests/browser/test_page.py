@@ -302,6 +302,18 @@ def test_a_video_that_cannot_be_played_is_said_so(opened: Page) -> None:
     expect(opened.get_by_role("alert")).to_contain_text("cannot play that file")
 
 
+def test_what_is_said_while_the_fleet_is_asked_for_its_streams_stays(opened: Page) -> None:
+    asked: list[Route] = []
+    opened.route("**/streams", lambda route: asked.append(route))  # noqa: PLW0108 - Playwright marks what it calls
+    opened.get_by_role("tab", name="Camera or video").click()
+    test_a_video_that_cannot_be_played_is_said_so(opened)
+    with opened.expect_response("**/streams") as response:
+        asked[0].continue_()
+    response.value.finished()
+    opened.evaluate("() => new Promise(requestAnimationFrame)")
+    expect(opened.get_by_role("alert")).to_contain_text("cannot play that file")
+
+
 def test_a_fleet_without_streams_says_so(opened: Page, complaints: list[str]) -> None:
     opened.route("**/streams", lambda route: route.fulfill(status=404, json={}))
     opened.get_by_role("tab", name="Camera or video").click()
