@@ -167,10 +167,11 @@ def watched_job(folder: Path, inputs: int) -> tuple[float, list[int]]:
     resident: list[int] = []
 
     def sample(progress: JobProgress) -> None:
-        if progress.done:
-            watched = [psutil.Process(pid) for pid in (os.getpid(), *processes("ShardActor"))]
-            spent.append((progress.done, sum(sum(process.cpu_times()[:2]) for process in watched)))
-            resident.append(sum(process.memory_info().rss for process in watched))
+        with contextlib.suppress(psutil.NoSuchProcess):  # an actor has ended meanwhile
+            if progress.done:
+                watched = [psutil.Process(pid) for pid in (os.getpid(), *processes("ShardActor"))]
+                spent.append((progress.done, sum(sum(process.cpu_times()[:2]) for process in watched)))
+                resident.append(sum(process.memory_info().rss for process in watched))
 
     before = time.process_time()
     job = job_of(str(folder / "*.png"), out=folder / f"out-{inputs}", actors=2)

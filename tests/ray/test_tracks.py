@@ -1,5 +1,6 @@
 """Videos on the pool: spans in parallel, association in frame order, and the same ids as one sequential ``YOLO.track``."""
 
+import contextlib
 import json
 import os
 from hashlib import sha256
@@ -114,7 +115,8 @@ def test_what_is_tracked_is_not_tracked_again_and_other_formats_can_be_had_later
 
     def look(progress: JobProgress) -> None:
         for actor in processes("ShardActor") if progress.done else []:
-            policies.update(os.sched_getscheduler(thread.id) for thread in psutil.Process(actor).threads())
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended meanwhile, or a thread of its
+                policies.update(os.sched_getscheduler(thread.id) for thread in psutil.Process(actor).threads())
 
     job = job_of(clip, max_actors=50, background=True)
     job.run(ActorSettings(num_cpus=3), look)  # two fit at a time
