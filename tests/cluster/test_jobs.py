@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -25,10 +26,14 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def dashboard() -> Iterator[str]:
     """A Ray head with a dashboard, as a cluster's head node runs it; its address."""
+    with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: a socket's path has 107 characters
+        yield from _head(Path(folder))
+
+
+def _head(folder: Path) -> Iterator[str]:
     port = free_port()
-    folder = tmp_path_factory.mktemp("r")
     ports = (
         "--port=0",
         f"--dashboard-port={port}",
