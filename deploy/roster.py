@@ -5,7 +5,8 @@
     a request that was lost with its replica  ─→ Roster.lost(name, actor)
 
 Serve itself calls a replica that it stops STOPPING first. One that it lists as RUNNING while there is no such actor any more
-has died; Serve finds that out at its next health check, some seconds later.
+has died; Serve finds that out at its next health check, some seconds later. Where Serve was quicker than we, the replica
+is not RUNNING any more when we look: Ray remembers why its actor ended.
 """
 
 import asyncio
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import ray
+from ray._private.state import actors
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.serve.context import _get_global_client
 from ray.serve.schema import DeploymentDetails, ServeInstanceDetails
 
@@ -90,7 +93,7 @@ class Roster:
     def __init__(self) -> None:
         self.look = Remembered(self._look)
         self._deaths: dict[str, Deaths] = defaultdict(Deaths)
-        self._nodes: dict[str, str | None] = {}  # of the actors that were running when last seen
+        self._running: dict[str, tuple[str, str | None]] = {}  # by actor when last seen: its deployment and node
 
     def deaths(self, deployment: str) -> Deaths:
         """Those noticed so far."""
@@ -98,23 +101,37 @@ class Roster:
 
     def lost(self, deployment: str, actor: str) -> None:
         """A request met the death of this replica."""
-        self._deaths[deployment].add(actor, self._nodes.get(actor))
+        _, node = self._running.get(actor, (deployment, None))
+        self._deaths[deployment].add(actor, node)
 
     async def _look(self) -> dict[str, Deployment]:
         found = await asyncio.to_thread(deployments)
-        running = [each for deployment in found.values() for each in deployment.replicas if each.state == RUNNING]
-        self._nodes = {each.actor: each.node for each in running if each.actor}
-        for name, deployment in found.items():
-            for each in deployment.replicas:
-                if each.state == DEAD and each.actor:
-                    self._deaths[name].add(each.actor, each.node)
+        before, self._running = self._running, _in(found, RUNNING)
+        dead = _in(found, DEAD)
+        for actor in before.keys() - self._running.keys() - dead.keys():
+            if await asyncio.to_thread(has_crashed, actor):
+                dead[actor] = before[actor]
+        for actor, (name, node) in dead.items():
+            self._deaths[name].add(actor, node)
         return found
+
+
+def _in(found: dict[str, Deployment], state: str) -> dict[str, tuple[str, str | None]]:
+    replicas = ((name, each) for name, deployment in found.items() for each in deployment.replicas)
+    return {each.actor: (name, each.node) for name, each in replicas if each.actor and each.state == state}
 
 
 def is_wanted(actor: str) -> bool:
     """Whether Serve wants this replica to go on: it has not begun to stop it, nor forgotten it with its application."""
     replicas = (found for deployment in deployments().values() for found in deployment.replicas)
     return any(found.actor == actor and found.state != STOPPING for found in replicas)
+
+
+def has_crashed(actor: str) -> bool:
+    """Whether that actor ended with its process or its node, rather than because somebody ended it."""
+    cause = actors(actor).get("DeathCause")
+    lost = (ActorDiedErrorContext.WORKER_DIED, ActorDiedErrorContext.NODE_DIED)
+    return cause is not None and cause.actor_died_error_context.reason in lost
 
 
 def deployments() -> dict[str, Deployment]:

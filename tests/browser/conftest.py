@@ -62,7 +62,7 @@ def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["clipboard-read", "clipboard-write"])
     made = context.new_page()
     made.set_default_timeout(15_000)
-    made.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    made.on("console", lambda said: complaints.append(f"{said.text} {said.location['url']}") if said.type == "error" else None)
     made.on("pageerror", lambda error: complaints.append(str(error)))
     yield made
     context.close()

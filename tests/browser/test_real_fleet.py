@@ -85,5 +85,6 @@ def test_replicas_are_seen_to_come_with_the_load_and_to_go_without_it(page: Page
             page.screenshot(path=artefacts / "scaled.png")
         expect(rows).to_have_text([re.compile("RUNNING")], timeout=60_000)
         expect(changes).to_contain_text(re.compile("fake: replica .+ is gone"))
+        expect(page.get_by_role("article", name="fake")).to_contain_text("Deathsnone seen")  # it was sent away
         assert not list(filter(None, told))
         page.goto("about:blank")

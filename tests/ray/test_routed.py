@@ -115,6 +115,18 @@ def test_a_poisoned_image_is_found_and_never_takes_a_replica_again(routed: str) 
     assert replicas() == now
 
 
+def test_a_death_that_no_request_met_is_counted_all_the_same(routed: str) -> None:
+    def deaths() -> int:
+        other = CLIENT.get(f"{routed}/fleet").json()["models"][1]
+        return int(other["deaths"]["count"])
+
+    assert deaths() == 0
+    (victim,) = processes("ServeReplica:yolofleet:model-other")
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: victim not in processes("ServeReplica:yolofleet:model-other") != [])  # Serve has noticed it before we look
+    assert deaths() == 1
+
+
 def test_an_ingress_that_dies_comes_back_and_costs_no_model(routed: str) -> None:
     until(lambda: len(replicas()) == 3)
     models, ingress = replicas(), processes("ServeReplica:yolofleet:ingress")

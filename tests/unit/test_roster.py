@@ -42,6 +42,19 @@ async def test_a_death_is_noted_once_whoever_sees_it_first(monkeypatch: pytest.M
     assert (seen.deaths("model-a").count, death.actor, death.node) == (1, "a1", "10.0.0.1")
 
 
+@pytest.mark.parametrize("crashed", [True, False])
+async def test_a_replica_that_serve_no_longer_lists_is_dead_if_ray_says_that_it_crashed(
+    monkeypatch: pytest.MonkeyPatch, crashed: bool
+) -> None:
+    monkeypatch.setattr(roster, "TTL_S", -1.0)
+    monkeypatch.setattr(roster, "has_crashed", lambda actor: crashed and actor == "a1")
+    seen = Roster()
+    for replicas in ((ALIVE,), ()):  # Serve has noticed it between two looks
+        monkeypatch.setattr(roster, "deployments", lambda replicas=replicas: {"model-a": Deployment(1, replicas)})
+        await seen.look()
+    assert [death.node for death in seen.deaths("model-a").latest] == ["10.0.0.1"] * crashed
+
+
 def test_vitals_find_their_replica_and_others_stay_unknown() -> None:
     told = Vitals("a1", 1, None, ())
     silent = ReplicaReport("r2", None, None, None, "STARTING", 1.0, None)
