@@ -4,8 +4,8 @@
                                                                               └ each second: pickle → Ray's key-value store
 
 A stream's state is in one actor, found by its name from any ingress. The actors are detached, so that the ingress that made
-one may die, and few, because each costs a process with torch in it. One that dies is started again by Ray, on another node
-if need be, and begins with its streams' last snapshots. These lie where Serve keeps its own: in the head's key-value store,
+one may die, and few, because each costs a process with torch in it. One that dies is started again, by Ray or, if its node is
+gone, by the next ingress that needs it, and begins with its streams' last snapshots. These lie where Serve keeps its own: in the head's key-value store,
 which no worker node's loss touches and which Redis, if there is one, keeps beyond the head's. An actor ends by itself when it
 has had no streams for a while, and soon after the application has been deleted.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnschedulableError, RayActorError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -229,7 +229,7 @@ class Streams:
                     self._actors[name] = actor
                     try:
                         return await unwrapped(getattr(actor, method).remote(*arguments))
-                    except RayActorError:
+                    except (RayActorError, ActorUnschedulableError):  # the latter: with its node
                         self._actors.pop(name, None)
                         await asyncio.sleep(PAUSE_S)
         except TimeoutError:
@@ -250,10 +250,10 @@ class Streams:
 
 
 def _place() -> NodeAffinitySchedulingStrategy:
-    """A worker node for an actor's first life: what reserves nothing could else begin on a head that is to hold no work."""
+    """A worker node: what reserves nothing could else begin on a head that is to hold no work, and ``soft`` does not hold it."""
     workers = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     own = ray.get_runtime_context().get_node_id()
-    return NodeAffinitySchedulingStrategy(random.choice(workers or [own]), soft=True)  # noqa: S311 # no secret
+    return NodeAffinitySchedulingStrategy(random.choice(workers or [own]), soft=False)  # noqa: S311 # no secret
 
 
 class RemoteStream:
