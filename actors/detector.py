@@ -36,12 +36,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.errors import BadRequest, DeadlineExceeded, EngineOutOfMemory, ModelError, ReplicaUnavailable
-from actors.images import decode_image, decode_reduced
+from actors.images import Pixels, decode_image, decode_reduced
 from actors.model import Model
 from actors.schemas import ImageResult, ModelInfo, PredictParams, Timing
 from actors.settings import ImageLimits
-
-Pixels = tuple[NDArray[np.uint8], tuple[int, ...]]  # of an image, and the shape in whose pixels its result is to be
 
 MAX_WAITING_BYTES = 256_000_000  # of decoded pixels
 WARM_UP_SHAPES = ((480, 640), (640, 480), (640, 640))  # the commonest photographs, (height, width)

@@ -26,7 +26,7 @@ from actors.errors import BadImage, ImageTooLarge
 from actors.settings import ImageLimits
 
 Array = NDArray[np.uint8]
-Shape = tuple[int, ...]
+Pixels = tuple[Array, tuple[int, ...]]  # of an image, and the shape in whose pixels its result is to be
 
 cv2.setNumThreads(0)  # decoding runs in our own pool; OpenCV's would fight the engine for the cores
 Image.init()  # all plugins, which Image.OPEN then names
@@ -67,7 +67,7 @@ def decode_image(data: bytes, limits: ImageLimits) -> Array:
     return _decoded(data, _checked(data, limits)[0])
 
 
-def decode_reduced(data: bytes, limits: ImageLimits, imgsz: tuple[int, int], *, whole: bool = True) -> tuple[Array, Shape]:
+def decode_reduced(data: bytes, limits: ImageLimits, imgsz: tuple[int, int], *, whole: bool = True) -> Pixels:
     """Decode a JPEG at a half, a quarter or an eighth of its sides, as long as ``imgsz`` needs no more pixels.
 
     libjpeg-turbo leaves out the high frequencies of each block of 8x8 before it transforms it

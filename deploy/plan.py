@@ -50,6 +50,7 @@ MEMORY_FILLED = 0.8  # of a node's memory, by its replicas; the rest is the syst
 SERVED = 2  # numbers of actors that are tried over HTTP
 ALIKE = 0.03  # rates that differ by less are the same; then fewer callers wait less
 ROUNDS = 3
+ANSWERS = 16  # to each caller in a round at least: a batch that is one caller short costs a whole batch's time
 SCENES = 16
 HOST = "127.0.0.1"
 
@@ -374,7 +375,7 @@ def _sweep(target: Target, images: Sequence[Path], model: ServedModel, rate: flo
 
 def _steadily(target: Target, images: Sequence[Path], served: Served, seconds: float) -> Served:
     """The medians of some rounds, on replicas that are warm."""
-    requests = served.images_per_s * seconds
+    requests = max(served.images_per_s * seconds, ANSWERS * served.callers)
     _ask(target, images, served.callers, requests)
     rounds = [_ask(target, images, served.callers, requests) for _ in range(ROUNDS)]
     return Served(

@@ -5,9 +5,9 @@
 
 A stream's state is in one actor, found by its name from any ingress. The actors are detached, so that the ingress that made
 one may die, and few, because each costs a process with torch in it. One that dies is started again, by Ray or, if its node is
-gone, by the next ingress that needs it, and begins with its streams' last snapshots. These lie where Serve keeps its own: in the head's key-value store,
-which no worker node's loss touches and which Redis, if there is one, keeps beyond the head's. An actor ends by itself when it
-has had no streams for a while, and soon after the application has been deleted.
+gone, by the next ingress that needs it, and begins with its streams' last snapshots. These lie where Serve keeps its own: in
+the head's key-value store, which no worker node's loss touches and which Redis, if there is one, keeps beyond the head's. An
+actor ends by itself when it has had no streams for a while, and soon after the application has been deleted.
 """
 
 import asyncio
@@ -250,7 +250,7 @@ class Streams:
 
 
 def _place() -> NodeAffinitySchedulingStrategy:
-    """A worker node: what reserves nothing could else begin on a head that is to hold no work, and ``soft`` does not hold it."""
+    """A worker node: what reserves nothing could else begin on a head that is to hold no work, ``soft`` affinity or not."""
     workers = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     own = ray.get_runtime_context().get_node_id()
     return NodeAffinitySchedulingStrategy(random.choice(workers or [own]), soft=False)  # noqa: S311 # no secret

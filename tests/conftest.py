@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 import tempfile
 import time
@@ -181,11 +182,12 @@ def served(*models: "ServedModel", **settings: Any) -> Iterator[str]:
         yield address
 
 
-def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Wait until ``condition()`` is true."""
+def until(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    """Wait until ``condition()`` is true: long, since other tests take the cores."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
+        if time.monotonic() > end:
+            pytest.fail(f"it did not come true in {timeout_s} s: {inspect.getsource(condition).strip()}")
         time.sleep(0.05)
 
 

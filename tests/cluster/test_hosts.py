@@ -24,10 +24,10 @@ from tests.ray.test_routed import ask, load, wrong
 from tests.ray.test_streams import WIDTHS, socket_of
 from tests.ray.test_streams import ask as ask_stream
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(500)]
 
 REPLICAS = 4
-SPREAD_S = 100  # a replica that moves may be put where it was
+SPREAD_S = 180  # a replica that moves may be put where it was
 MODEL = {
     "name": "fake",
     "weights": "fake:?slow_ms=5",
@@ -219,7 +219,7 @@ def test_while_the_head_is_away_the_others_answer_and_then_the_fleet_heals(clust
         cluster.start_head()
         until(lambda: answers(cluster.url("head")), SPREAD_S)
     assert not list(filter(None, told))
-    assert job(cluster, inputs).wait(150) == 0, cluster.log("head").read_text()
+    assert job(cluster, inputs).wait(240) == 0, cluster.log("head").read_text()
     assert_complete(inputs)
     summary = json.loads((inputs.parent / "out" / "summary.json").read_text())
     assert 0 < summary["this_run"]["inputs"] < INPUTS  # it went on from what was committed
