@@ -1,4 +1,4 @@
-"""HAProxy, with two things put right that Serve's configuration gets wrong: the command that ``use_haproxy`` names to Serve.
+"""HAProxy, with four things put right that Serve gets wrong: the command that ``use_haproxy`` names to Serve.
 
     Serve's HAProxyManager ─ yolofleet-haproxy -f CONFIG … ─→ [ main ] ─ becomes ─→ haproxy -dS -f CONFIG …
 
@@ -7,9 +7,15 @@
 - Serve has written the answer for an ingress that died with a request in hand, a bare 500, beside CONFIG. Before HAProxy reads
   it, it becomes what deploy/proxy.py says: 503 replica_unavailable, and when to come back. A client whose connection has
   brought an answer before sees it closed instead, which is HAProxy's way to say that the request may be sent again.
+- Statistics and metrics listen on all addresses: they go where the endpoint is.
+- HAProxy ends with Serve's process, however that ends. Else it would keep the endpoint's port, and send requests to replicas
+  that were.
 """
 
+import ctypes
 import os
+import re
+import signal
 import sys
 from http import HTTPStatus
 from pathlib import Path
@@ -17,15 +23,27 @@ from pathlib import Path
 from actors.errors import ReplicaUnavailable
 from deploy.environment import haproxy_binary
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 def main() -> None:
     """Become HAProxy. Serve starts another one at every change of its configuration, hence no imports that are not needed."""
-    apology = Path(sys.argv[sys.argv.index("-f") + 1]).parent / "500.http"
+    config = Path(sys.argv[sys.argv.index("-f") + 1])
+    config.write_text(_close_to_strangers(config.read_text()))
+    apology = config.parent / "500.http"
     if b"retry-after" not in apology.read_bytes():
         apology.write_bytes(_apology())
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # names this command
     binary = haproxy_binary() or "haproxy"
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])  # noqa: S606 - this process is what Serve stops
+
+
+def _close_to_strangers(config: str) -> str:
+    """Serve's configuration, with every listener on the endpoint's own addresses."""
+    endpoint = re.search(r"^\s*bind ([\w.-]+):", config, re.MULTILINE)
+    return re.sub(r"^(\s*bind )\*?:", rf"\g<1>{endpoint[1]}:", config, flags=re.MULTILINE) if endpoint else config
 
 
 def _apology() -> bytes:

@@ -1,10 +1,11 @@
 """What stands in the environment before Ray is imported."""
 
 import os
-import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import httpx
@@ -37,26 +38,48 @@ def test_where_it_is_not_a_sentence_says_what_to_do() -> None:
         use_haproxy()
 
 
-def test_haproxy_is_started_without_splicing_and_with_the_fleets_own_apology(tmp_path: Path) -> None:
-    """See deploy/haproxy.py. Serve's own file is as ray.serve._private.haproxy writes it."""
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """As Serve starts HAProxy; its files are as ray.serve._private.haproxy writes them."""
     use_haproxy()
     (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 21\r\n\r\nInternal Server Error")
     with (tmp_path / "haproxy.cfg").open("w") as config:
         config.write("defaults\nmode http\ntimeout client 9s\ntimeout connect 9s\ntimeout server 9s\n")
         config.write(f"errorfile 503 {tmp_path}/500.http\n")
-        config.write(f"frontend all\nbind 127.0.0.1:{(port := free_port())}\n")
-    command = [os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", config.name]
+        config.write(f"frontend metrics\nbind :{free_port()}\n")
+        config.write(f"frontend all\nbind 127.0.0.1:{free_port()}\n")
+        config.write(f"listen stats\n  bind *:{free_port()}\n")
+    return [os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", config.name]
+
+
+def test_haproxy_is_started_without_splicing_beside_the_endpoint_and_with_the_fleets_own_apology(command: list[str]) -> None:
+    """See deploy/haproxy.py."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as haproxy:
         try:
-            until(lambda: is_open(port))
-            response = httpx.get(f"http://127.0.0.1:{port}/predict")
+            until(lambda: len(listening(haproxy.pid)) == 3)
+            addresses = listening(haproxy.pid)
+            response = httpx.get(f"http://127.0.0.1:{addresses[1].port}/predict")
             assert "-dS" in psutil.Process(haproxy.pid).cmdline()
         finally:
             haproxy.kill()
+    assert {address.ip for address in addresses} == {"127.0.0.1"}
     assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
     assert response.json()["error"]["code"] == "replica_unavailable"
 
 
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def test_haproxy_ends_with_the_process_that_has_started_it(command: list[str]) -> None:
+    start = f"import subprocess, time; print(subprocess.Popen({command}).pid, flush=True); time.sleep(1000)"
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as serve:
+        try:
+            assert serve.stdout
+            haproxy = int(serve.stdout.readline())
+            until(lambda: listening(haproxy))
+        finally:
+            serve.kill()
+    until(lambda: not psutil.pid_exists(haproxy) or psutil.Process(haproxy).status() == psutil.STATUS_ZOMBIE)
+
+
+def listening(process: int) -> list[Any]:
+    """Its addresses, in the order in which it opened them."""
+    connections = psutil.Process(process).net_connections("tcp")
+    return [each.laddr for each in sorted(connections, key=lambda each: each.fd) if each.status == psutil.CONN_LISTEN]
