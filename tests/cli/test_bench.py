@@ -22,7 +22,7 @@ def scenes(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_serve_measures_the_endpoint_and_what_its_processes_take(scenes: Path, tmp_path: Path) -> None:

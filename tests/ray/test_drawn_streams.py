@@ -16,7 +16,7 @@ from deploy.settings import HttpLimits, Replicas, ServedModel
 from deploy.weights import EMBEDDED
 from tests.conftest import served
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("local_ray")]
 
 STREAMS = 64
 FRAMES = 4

@@ -11,9 +11,9 @@ from actors.settings import ActorSettings
 from deploy.demo.scene import draw_scene
 from deploy.settings import ServedModel
 from deploy.weights import EMBEDDED
-from tests.conftest import processes, served
+from tests.conftest import processes, served, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
 
 SETTLED, ALL, CALLERS = 200, 2000, 4
 
@@ -39,6 +39,11 @@ def test_memory_after_2000_requests_is_that_after_200() -> None:
             fields = {"conf": str((number % 9 + 1) / 10), "imgsz": "192"}  # small, for it is the number that counts
             return client.post("/predict", files=files, data=fields).status_code
 
+        def engine() -> str:
+            (replica,) = client.get("/fleet").json()["models"][0]["replicas"]
+            return str((replica["vitals"] or {}).get("engine"))
+
+        until(lambda: engine() == "openvino fp32")
         assert set(callers.map(ask, range(SETTLED))) == {200}
         settled = rss_mb()
         assert set(callers.map(ask, range(SETTLED, ALL))) == {200}

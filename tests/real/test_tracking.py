@@ -76,7 +76,7 @@ def test_a_real_video_is_tracked_as_yolo_track_does(weights_name: str, weights: 
                     assert np.abs(np.mean((found.segments.x, found.segments.y), 1) - outline.mean(0)).max() < 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_the_whole_video_in_spans_over_the_pool_is_tracked_as_yolo_track_does(weights: Path, tmp_path: Path) -> None:
