@@ -169,7 +169,8 @@ def test_map50_of_the_jobs_own_output_is_that_of_yolo_val(name: str, weights: Pa
         ours = evaluate(rows, labels_of, names)
         assert ours.map50 == pytest.approx(measured.box.map50, abs=0.005)
         assert ours.map50_95 == pytest.approx(measured.box.map, abs=0.005)
-        # Both at the threshold where the mean F1 is best: among near ties it moves, and trades one for the other.
+        # Both at the threshold where the mean F1 is best: among near ties it moves, and trades one for the other, by 0.007 for
+        # yolo26n. Where an image is scaled up, YOLO.val rounds its sides up and YOLO.predict to the nearest: five of these.
         assert (ours.precision, ours.recall) == pytest.approx((measured.box.mp, measured.box.mr), abs=0.01)
     for place, class_id in enumerate(measured.box.ap_class_index):
         score = ours.by_class.pop(names[class_id])
