@@ -28,7 +28,7 @@ from typing import Any
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
-from deploy.bench.exports import export
+from deploy.bench.exports import compute_in_fp32, export
 from deploy.bench.limit import measure_limit
 from deploy.bench.machine import circumstances
 from deploy.weights import flags_of
@@ -87,6 +87,7 @@ def bench_batch(
     Raises:
         BenchError: one of them failed.
     """
+    compute_in_fp32()
     cores, params = os.cpu_count() or 1, PredictParams()
     loading: list[float] = []
     stages: dict[str, float] = {}

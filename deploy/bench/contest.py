@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
-from deploy.bench.exports import export
+from deploy.bench.exports import compute_in_fp32, export
 from deploy.bench.limit import measure_limit
 from deploy.bench.load import Closed, Target, run_load
 from deploy.bench.machine import circumstances
@@ -169,6 +169,7 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
     Raises:
         BenchError: the weights cannot be exported, or ``YOLO.predict`` itself fails.
     """
+    compute_in_fp32()
     with tempfile.TemporaryDirectory() as scratch:
         weights = _exports(Path(contest.model.weights), Path(scratch), report)
         reference = {key: in_a_loop(sys.executable, str(file), contest.images).boxes for key, file in weights.items()}
@@ -257,7 +258,9 @@ def _peer_run(
     def command(port: int) -> list[str]:
         return [str(python), str(SCRIPTS / peer.script), "--weights", str(weights), "--port", str(port)]
 
-    return lambda side: _serve_once(side, contest, command, Target(peer.path, peer.file_field), peer.count, boxes)
+    without_ray = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # ours, of no use to them
+    target = Target(peer.path, peer.file_field)
+    return lambda side: _serve_once(side, contest, command, target, peer.count, boxes, environment=without_ray)
 
 
 def _serve_once(
@@ -268,10 +271,11 @@ def _serve_once(
     count: Callable[[Any], int],
     boxes: list[int],
     engine_of: Callable[[str], str | None] = lambda address: None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Start a server, warm it up, count its boxes, load it, end it; ``target.url`` is without the address."""
     first = contest.images[0]
-    with running_server(command, lambda address: post(address + target.url, first, target.file_field)) as server:
+    with running_server(command, lambda address: post(address + target.url, first, target.file_field), environment) as server:
         side.engine = engine_of(server.address)
         there = Target(server.address + target.url, target.file_field)
         everything = run_load(there, contest.images, Closed(contest.callers, len(contest.images)), keep_bodies=True)

@@ -99,12 +99,17 @@ def role_of(command: str) -> str:
 
 
 @contextmanager
-def running_server(command: Callable[[int], Sequence[str]], ask: Callable[[str], httpx.Response]) -> Iterator[Server]:
+def running_server(
+    command: Callable[[int], Sequence[str]],
+    ask: Callable[[str], httpx.Response],
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """Start a server on a free port; on leaving, end it with all its processes.
 
     Args:
         command: port → command line.
         ask: address → the answer to a request such as will be measured.
+        environment: of its processes; this one's if None.
 
     Raises:
         BenchError: it ended before it answered, or does not answer with 200.
@@ -114,7 +119,7 @@ def running_server(command: Callable[[int], Sequence[str]], ask: Callable[[str],
     with tempfile.TemporaryFile("w+") as log:
         started = time.monotonic()
         line = command(port)
-        child = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             _wait_until_it_answers(child, lambda: ask(address), log, " ".join(line[:5]))
             yield Server(address, psutil.Process(child.pid), time.monotonic() - started)

@@ -28,6 +28,7 @@ import psutil
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
+from deploy.bench.exports import compute_in_fp32
 from deploy.bench.limit import Limit, measure_limit
 from deploy.bench.load import Closed, Load, Open, Target, percentile, run_load
 from deploy.bench.machine import circumstances
@@ -190,6 +191,7 @@ def bench_serve(fleet: Fleet, course: Course, report: Callable[[str], None]) -> 
     Raises:
         BenchError: the fleet did not start, or one of the measurements could not be made.
     """
+    compute_in_fp32()
     encoded = [image.read_bytes() for image in course.images]
     limit = measure_limit(fleet.model, encoded, PredictParams(), os.cpu_count() or 1)
     report(f"limit: {limit.images_per_s:.2f} images/s on {limit.streams} streams, {limit.cpu_ms:.1f} ms of CPU an image")

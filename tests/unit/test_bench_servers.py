@@ -1,7 +1,10 @@
 """What bench does around servers: starts and ends them, counts what their processes take, makes environments for them."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import psutil
@@ -10,6 +13,7 @@ import pytest
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
+from deploy.bench.exports import compute_in_fp32
 from deploy.bench.processes import Usage, role_of, running_server
 from deploy.bench.serve import Fleet
 
@@ -98,3 +102,20 @@ def test_an_environment_is_made_once_and_has_what_its_script_names(tmp_path: Pat
     script.write_text('# /// script\n# dependencies = ["httptools>99"]\n# ///\n')
     with pytest.raises(BenchError, match="httptools"):
         python_of(script)
+
+
+COMPILE = """
+import numpy, openvino
+from openvino import opset13
+image = opset13.parameter([1, 3, 8, 8], dtype=numpy.float32)
+kernel = opset13.constant(numpy.ones((4, 3, 3, 3), numpy.float32))
+model = openvino.Model([opset13.convolution(image, kernel, [1, 1], [0, 0], [0, 0], [1, 1])], [image])
+print(openvino.Core().compile_model(model, "CPU").get_property("INFERENCE_PRECISION_HINT").get_type_name())
+"""
+
+
+def test_other_servers_have_openvino_compute_in_fp32_as_yolofleet_does() -> None:
+    with patch.dict(os.environ):
+        compute_in_fp32()
+        done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "f32"
