@@ -116,7 +116,8 @@ def bench_batch(
             return float(this_run["images_per_s_loaded"])
 
         def predict(weights: str) -> float:
-            return float(_run([sys.executable, "-c", _IN_A_LOOP, weights, str(folder), str(params.conf)]))
+            told = _run([sys.executable, "-c", _IN_A_LOOP, weights, str(folder), str(params.conf)])
+            return float(told.splitlines()[-1])  # Ultralytics tells of its loading before
 
         sides: dict[str, Callable[[], float]] = {"limit": limit, "job": job, "predict": partial(predict, model.weights)}
         if model.weights.endswith(".pt") and find_spec("openvino"):
