@@ -82,11 +82,10 @@ class Server:
         """What its processes have taken so far."""
         cpu_s, roles, memory_mb = {}, {}, {}
         for process in (self.process, *self.process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():
-                spent = process.cpu_times()
-                cpu_s[process.pid] = spent.user + spent.system
-                roles[process.pid] = "driver" if process == self.process else role_of(" ".join(process.cmdline()))
-                memory_mb[process.pid] = process.memory_info().rss / 1e6
+            with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():  # it may end at any line
+                role = "driver" if process == self.process else role_of(" ".join(process.cmdline()))
+                spent, memory = process.cpu_times(), process.memory_info().rss / 1e6
+                cpu_s[process.pid], roles[process.pid], memory_mb[process.pid] = spent.user + spent.system, role, memory
         return Usage(time.monotonic(), cpu_s, roles, memory_mb)
 
 
