@@ -28,9 +28,9 @@ from typing import Any
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
-from deploy.bench.exports import compute_in_fp32, export
+from deploy.bench.exports import export
 from deploy.bench.limit import measure_limit
-from deploy.bench.machine import circumstances
+from deploy.bench.machine import circumstances, compute_in_fp32
 from deploy.weights import flags_of
 
 _IN_A_LOOP = """

@@ -24,10 +24,10 @@ from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
-from deploy.bench.exports import compute_in_fp32, export
+from deploy.bench.exports import export
 from deploy.bench.limit import measure_limit
 from deploy.bench.load import Closed, Target, run_load
-from deploy.bench.machine import circumstances
+from deploy.bench.machine import circumstances, compute_in_fp32
 from deploy.bench.processes import running_server
 from deploy.bench.serve import Fleet, Level, in_a_loop, measure, post, settled_engine
 

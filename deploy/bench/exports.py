@@ -1,6 +1,5 @@
 """Weights → what others compute them with: Ultralytics' own exports, made for a measurement, loaded by ``YOLO`` as well."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,15 +13,6 @@ import sys
 from ultralytics import YOLO
 print(YOLO(sys.argv[1]).export(format=sys.argv[2], dynamic=sys.argv[3] == "dynamic"))
 """
-
-
-def compute_in_fp32() -> None:
-    """Have OpenVINO compute in fp32 in this process and those that it starts, as yolofleet does.
-
-    By itself it takes bf16 wherever the CPU has it, in half the time and with other detections: then one would be ahead by a
-    shortcut. Ultralytics' loader has no argument for it; this limits its kernels to those that know no bf16.
-    """
-    os.environ["OV_CPU_MAX_ISA"] = "AVX512_CORE_VNNI"
 
 
 def export(weights: Path, form: Literal["openvino", "onnx"], folder: Path, *, dynamic: bool) -> Path:

@@ -28,10 +28,9 @@ import psutil
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
-from deploy.bench.exports import compute_in_fp32
 from deploy.bench.limit import Limit, measure_limit
 from deploy.bench.load import Closed, Load, Open, Target, percentile, run_load
-from deploy.bench.machine import circumstances
+from deploy.bench.machine import circumstances, compute_in_fp32
 from deploy.bench.processes import Server, running_server
 from deploy.settings import Topology
 from deploy.weights import flags_of

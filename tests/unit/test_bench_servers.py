@@ -13,7 +13,7 @@ import pytest
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
-from deploy.bench.exports import compute_in_fp32
+from deploy.bench.machine import compute_in_fp32
 from deploy.bench.processes import Usage, role_of, running_server
 from deploy.bench.serve import Fleet
 
