@@ -371,6 +371,8 @@ def _sweep(target: Target, images: Sequence[Path], model: ServedModel, rate: flo
             return
         rate = before = served.images_per_s
         callers *= 2
+        if callers > HttpLimits().max_waiting_requests:  # some of them would get 429
+            return
 
 
 def _steadily(target: Target, images: Sequence[Path], served: Served, seconds: float) -> Served:
