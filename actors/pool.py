@@ -39,6 +39,7 @@ from actors.errors import BadImage, FleetError, ModelError, ReplicaUnavailable
 from actors.hardware import step_back
 from actors.images import encode_jpeg
 from actors.ledger import DeadLetter, Ledger, Manifest
+from actors.right_of_way import give_way, node_folder
 from actors.schemas import ImageResult, ModelInfo, PredictParams
 from actors.settings import ActorSettings, ImageLimits, ModelSettings, TrackerSettings
 from actors.startup import settled_detector
@@ -64,7 +65,7 @@ class PoolSettings:
         health_timeout_s: how long an engine may take for a small picture before its actor is replaced.
         annotate: whether to draw a picture of every result.
         tracker: what the detections are for; refused at once if the model or the settings do not fit.
-        background: take only CPU time that nothing else on the node wants.
+        background: take only CPU time that nothing else on the node wants, and none while a replica there computes.
         environment: how the driver reaches buckets.
     """
 
@@ -112,6 +113,7 @@ class ShardActor:
                 reserved does not do for them.
         """
         if self._settings.background:
+            give_way(node_folder())  # first: what is started afterwards is of the idle class as well
             step_back()
         self._detector = settled_detector(self._settings.model, self._settings.actor, self._settings.limits)
         grey = np.full((64, 64, 3), 114, np.uint8)

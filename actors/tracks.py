@@ -31,6 +31,7 @@ from actors.clips import frame_rate, read_frames, write_clip
 from actors.errors import FleetError
 from actors.hardware import step_back
 from actors.ledger import TRACKS, Ledger
+from actors.right_of_way import give_way, node_folder
 from actors.settings import TrackerSettings
 from actors.storage import Storage, credentials
 from actors.tracker import StreamTracker
@@ -89,6 +90,7 @@ def track_clip(settings: TrackSettings, clip: str) -> int:
         BadImage: the video can no longer be read.
     """
     if settings.background:
+        give_way(node_folder())
         step_back()
     os.environ.update(settings.environment)
     ledger, name = settings.ledger, clip_name(clip)

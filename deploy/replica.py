@@ -23,7 +23,6 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from actors.annotate import draw
 from actors.hardware import gpu_memory_bytes, gpu_peak_bytes, memory_bytes
 from actors.metrics import ReplicaMetrics
+from actors.right_of_way import RightOfWay, node_folder
 from actors.schemas import Answer, ImageResult, ModelInfo, PredictParams, TensorAnswer, Vitals
 from actors.settings import ImageLimits
 from actors.startup import start_detector
@@ -68,7 +68,8 @@ class ModelReplica:
         self._place = Place(model.actor, model.replicas.respread_s)
         self._company = _Company()
         self._quarantine = Quarantine()
-        self._journal = CrashJournal(_journals(self._detector.info))
+        self._journal = CrashJournal(node_folder() / f"{self._detector.info.name}-{self._detector.info.sha256[:16]}")
+        self._right_of_way = RightOfWay(node_folder())
 
     async def detect(self, image: bytes, params: PredictParams, seconds: float, annotate: bool = False) -> Answer:
         """Detect in one encoded image.
@@ -186,7 +187,7 @@ class ModelReplica:
         """Beside others, or alone; what was alone and leaves this process alive is cleared."""
         async with self._company.alone() if alone else self._company.shared():
             try:
-                with self._journal.in_hand(digest, alone=alone):
+                with self._journal.in_hand(digest, alone=alone), self._right_of_way.held():
                     yield
             finally:
                 if alone:
@@ -220,13 +221,6 @@ async def _settled(future: Future[T]) -> T:
         if not future.cancel():
             await asyncio.wait([waiting])
         raise
-
-
-def _journals(info: ModelInfo) -> Path:
-    """The folder of all processes with this model on this node, which goes when Ray's session does."""
-    context = ray.get_runtime_context()
-    session = Path(str(context.get_temp_dir()), context.get_session_name())
-    return session / "yolofleet" / f"{info.name}-{info.sha256[:16]}-{context.get_node_id()[:8]}"
 
 
 class _Company:

@@ -11,7 +11,6 @@ appear by the hundreds: it has drawn one before the clock starts, and must have 
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -167,7 +166,7 @@ def _job(model: ModelSettings, images: Sequence[Path], scratch: Path) -> Iterato
             time.sleep(POLL_S)
         yield lambda: _drawn(out)
     finally:
-        job.send_signal(signal.SIGINT)
+        job.terminate()
         job.wait()
 
 

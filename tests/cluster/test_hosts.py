@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,13 +29,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(500)]
 
 REPLICAS = 4
 SPREAD_S = 180  # a replica that moves may be put where it was
-MODEL = {
+MODEL: dict[str, Any] = {
     "name": "fake",
     "weights": "fake:?slow_ms=5",
     "replicas": {"min": REPLICAS, "max": REPLICAS, "respread_s": 2},
     "actor": {"num_cpus": 1, "num_gpus": 0.25},
 }
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "proxy_location": "EveryNode",
     "http_options": {"host": "0.0.0.0", "port": ENDPOINT},
     "applications": [
@@ -82,16 +83,16 @@ def placed(cluster: Cluster, over: str = "head") -> Counter[str]:
     return Counter(names[replica["node"]] for replica in replicas(cluster, over))
 
 
-def is_whole(cluster: Cluster, over: str = "head") -> bool:
+def is_whole(cluster: Cluster, over: str = "head", wanted: int = REPLICAS) -> bool:
     """Whether all replicas run, each on a host that is there."""
     found = placed(cluster, over)
-    return found.total() == REPLICAS and set(found) <= cluster.workers
+    return found.total() == wanted and set(found) <= cluster.workers
 
 
-def is_even(cluster: Cluster) -> bool:
+def is_even(cluster: Cluster, wanted: int = REPLICAS) -> bool:
     """Whether the loss of any host would take no more than its share of them."""
     found = placed(cluster)
-    return is_whole(cluster) and max(found.values()) <= math.ceil(REPLICAS / len(cluster.workers))
+    return is_whole(cluster, wanted=wanted) and max(found.values()) <= math.ceil(wanted / len(cluster.workers))
 
 
 def is_closed(address: str) -> bool:
@@ -143,6 +144,20 @@ def test_replicas_lie_evenly_over_the_hosts_and_every_host_answers(cluster: Clus
             return len(seen) == REPLICAS
 
         until(all_share)  # whoever is asked
+
+
+def test_other_weights_and_another_size_leave_them_even(cluster: Cluster, tmp_path: Path) -> None:
+    """A rollout starts all of them anew, and a larger fleet has an odd number a host in between."""
+    for wanted, weights in ((6, "fake:?slow_ms=6"), (REPLICAS, MODEL["weights"])):
+        model = MODEL | {"weights": weights, "replicas": {"min": wanted, "max": wanted, "respread_s": 2}}
+        application = CONFIG["applications"][0]
+        changed = application | {"args": application["args"] | {"models": [model]}}
+        config = tmp_path / "serve.yaml"
+        config.write_text(yaml.safe_dump(CONFIG | {"applications": [changed]}))
+        with load(cluster.url("head"), callers=2) as told:
+            assert cluster.run("yolofleet", "deploy", str(config)).wait(240) == 0, cluster.log("head").read_text()
+            until(lambda wanted=wanted: is_even(cluster, wanted), SPREAD_S)  # type: ignore[misc]
+        assert told and not list(filter(None, told))
 
 
 def test_a_slow_host_is_slow_and_no_more(cluster: Cluster) -> None:
