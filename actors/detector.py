@@ -14,6 +14,9 @@ never touches the model. A batch forms from whatever waits while the engine is b
 
 What waits is bounded in bytes, ``MAX_WAITING_BYTES``: beyond it the decode pool waits, and what it has not decoded is small.
 
+An engine that computes image by image is kept at work with one batch after the other, and each image is answered when it is
+done: a "batch" is then no more than what was taken at once from those that waited.
+
 What may fail where: decoding fails one image. ``EngineOutOfMemory`` halves the batch or tensor, and the limit is remembered.
 An unexpected error in a batch of several is retried image by image, so that it reaches its own caller only.
 """
@@ -47,15 +50,17 @@ WARM_UP_SHAPES = ((480, 640), (640, 480), (640, 640))  # the commonest photograp
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """One decoded image on its way to the model thread."""
+    """One decoded image on its way to the model thread; the engine got it when it was ``begun``, as one of ``batch_size``."""
 
     prepared: Any
     answer: Future[ImageResult]
     deadline: float
     decode_ms: float
     since: float
+    begun: float = 0.0
+    batch_size: int = 0
 
 
 @dataclass(slots=True)
@@ -312,18 +317,29 @@ class Detector:
             if not self._waiting:
                 return None
             oldest = self._waiting[0]
-            if isinstance(oldest, _Tensor):
-                self._waiting.popleft()
-                self._waiting_bytes -= oldest.inputs.nbytes
-                self._wake.notify_all()
-                return oldest
-            images = (item for item in self._waiting if isinstance(item, _Waiting))
-            batch = list(islice((item for item in images if item.prepared.bucket == oldest.prepared.bucket), self._max_batch))
-            chosen = {id(item) for item in batch}
-            self._waiting = deque(item for item in self._waiting if id(item) not in chosen)
-            self._waiting_bytes -= sum(item.prepared.inputs.nbytes for item in batch)
+            if isinstance(oldest, _Waiting):
+                return self._companions(oldest)
+            self._waiting.popleft()
+            self._waiting_bytes -= oldest.inputs.nbytes
             self._wake.notify_all()
-            return batch
+            return oldest
+
+    def _more(self) -> list[_Waiting]:
+        """The batch that would be next; none if nothing waits, or something else is first."""
+        with self._wake:
+            oldest = self._waiting[0] if self._waiting else None
+            if self._thread is not threading.current_thread() or self._probes or not isinstance(oldest, _Waiting):
+                return []
+            return self._companions(oldest)
+
+    def _companions(self, oldest: _Waiting) -> list[_Waiting]:
+        images = (item for item in self._waiting if isinstance(item, _Waiting))
+        batch = list(islice((item for item in images if item.prepared.bucket == oldest.prepared.bucket), self._max_batch))
+        chosen = {id(item) for item in batch}
+        self._waiting = deque(item for item in self._waiting if id(item) not in chosen)
+        self._waiting_bytes -= sum(item.prepared.inputs.nbytes for item in batch)
+        self._wake.notify_all()
+        return batch
 
     def _probe(self, model: Model, probe: Future[None]) -> None:
         image = np.zeros((64, 64, 3), np.uint8)
@@ -369,21 +385,50 @@ class Detector:
         return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _answer(self, model: Model, batch: list[_Waiting]) -> None:
-        now = time.monotonic()
-        wanted = []
-        for item in batch:
-            if not item.answer.set_running_or_notify_cancel():
-                continue
-            if now > item.deadline:
-                item.answer.set_exception(_too_late())
+        if wanted := _still_wanted(batch):
+            if model.one_by_one:
+                self._predict_each(model, wanted)
             else:
-                wanted.append(item)
-        if wanted:
-            self._predict(model, wanted)
+                self._predict(model, wanted)
+
+    def _predict_each(self, model: Model, batch: list[_Waiting]) -> None:
+        """Keep the engine at work: with this batch, and with whatever waits whenever it has room."""
+        outside, inside = deque(batch), list[_Waiting]()  # of the engine
+        leaders = {batch[0]}
+
+        def take() -> tuple[_Waiting, Any] | None:
+            while not outside and (more := self._more()):
+                if wanted := _still_wanted(more):
+                    outside.extend(wanted)
+                    leaders.add(wanted[0])
+            if not outside:
+                return None
+            item = outside.popleft()
+            item.begun = time.perf_counter()
+            inside.append(item)
+            return item, item.prepared
+
+        try:
+            for item, result in model.each(take):
+                inside.remove(item)
+                if item in leaders:
+                    leaders.remove(item)
+                    self.on_batch(item.batch_size)
+                _settle(item, replace(result, timing=replace(result.timing, batch_size=item.batch_size)))
+        except Exception as error:
+            log.warning(
+                "an image failed, and is retried with the %d others in hand: %s", len(inside) + len(outside) - 1, error
+            )
+            for item in [*inside, *outside]:
+                self._predict(model, [item])
+        except BaseException:
+            self._abandon([*inside, *outside])
+            raise
 
     def _predict(self, model: Model, batch: Sequence[_Waiting]) -> None:
-        started = time.perf_counter()
         halve = False
+        for item in batch:
+            item.begun = time.perf_counter()
         try:
             results = model.predict([item.prepared for item in batch])
         except EngineOutOfMemory as error:
@@ -403,12 +448,31 @@ class Detector:
         else:
             self.on_batch(len(batch))
             for item, result in zip(batch, results, strict=True):
-                batch_wait = 1e3 * (started - item.since)
-                timing = replace(result.timing, decode=item.decode_ms, batch_wait=batch_wait)
-                item.answer.set_result(replace(result, timing=timing))
+                _settle(item, result)
         while halve and batch:  # what does not fit for its first part either is not tried again for the rest
             part, batch = batch[: self._max_batch], batch[self._max_batch :]
             self._predict(model, part)
+
+
+def _still_wanted(batch: Sequence[_Waiting]) -> list[_Waiting]:
+    """Those that somebody waits for, and that are in time; from now on they cannot be cancelled."""
+    now = time.monotonic()
+    wanted = []
+    for item in batch:
+        if not item.answer.set_running_or_notify_cancel():
+            continue
+        if now > item.deadline:
+            item.answer.set_exception(_too_late())
+        else:
+            wanted.append(item)
+    for item in wanted:
+        item.batch_size = len(wanted)
+    return wanted
+
+
+def _settle(item: _Waiting, result: ImageResult) -> None:
+    timing = replace(result.timing, decode=item.decode_ms, batch_wait=1e3 * (item.begun - item.since))
+    item.answer.set_result(replace(result, timing=timing))
 
 
 def _preparation(info: ModelInfo) -> tuple[object, ...]:

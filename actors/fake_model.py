@@ -10,6 +10,7 @@
     fail=B    an unexpected exception for such an image
     hang=B    the model never comes back from such an image
     oom=N     EngineOutOfMemory for batches larger than N
+    one_by_one=1 each image is a batch of its own, whatever its shape, and the next is asked for meanwhile
     slow_ms=T each batch takes T milliseconds
     gate=FILE a batch waits while FILE exists, so that a test decides when it goes on; the health check's, whose image comes
               with an imgsz, does not
@@ -22,9 +23,10 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
@@ -38,6 +40,7 @@ NAMES = {0: "zero", 1: "one", 2: "two", 3: "three"}
 CRASH_STATUS = 86
 
 Array = NDArray[np.uint8]
+Key = TypeVar("Key")
 
 
 class FakeModel:
@@ -52,6 +55,7 @@ class FakeModel:
         self._largest_batch = int(options.get("oom", 1_000_000))
         self._slow_s = float(options.get("slow_ms", 0)) / 1e3
         self._shift, self._miss = int(options.get("shift", 0)), int(options.get("miss", -1))
+        self.one_by_one = bool(options.get("one_by_one"))
         self._log, self._gate = options.get("log"), options.get("gate")
         self._info = ModelInfo(
             name=settings.name,
@@ -75,7 +79,7 @@ class FakeModel:
 
     def prepare(self, image: Array, params: PredictParams, shape: tuple[int, ...] | None = None) -> FakePrepared:
         """Keep the image as it is; images of one shape share a bucket."""
-        return FakePrepared(image, params, shape or image.shape)
+        return FakePrepared(image, params, shape or image.shape, () if self.one_by_one else image.shape)
 
     def predict(self, batch: Sequence[FakePrepared]) -> list[ImageResult]:
         """Answer from the pixels' means, or fault as the options say."""
@@ -99,6 +103,15 @@ class FakeModel:
             for marker, result in zip(markers, found, strict=True)
         ]
 
+    def each(self, take: Callable[[], tuple[Key, FakePrepared] | None]) -> Iterator[tuple[Key, ImageResult]]:
+        """Answer image by image; the next one is taken first, as a real engine would have it computed meanwhile."""
+        following = take()
+        while following is not None:
+            (key, item), following = following, take()
+            (result,) = self.predict([item])
+            yield key, result
+            following = following or take()
+
     def infer(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """Each image's mean per channel, (N, 3)."""
         time.sleep(self._slow_s)
@@ -111,11 +124,10 @@ class FakeModel:
 
 
 class FakePrepared:
-    """An image and its thresholds, bucketed by shape."""
+    """An image and its thresholds."""
 
-    def __init__(self, image: Array, params: PredictParams, shape: tuple[int, ...]) -> None:
-        self.inputs, self.params, self.shape = image, params, shape
-        self.bucket = image.shape
+    def __init__(self, image: Array, params: PredictParams, shape: tuple[int, ...], bucket: tuple[int, ...]) -> None:
+        self.inputs, self.params, self.shape, self.bucket = image, params, shape, bucket
 
 
 def fake_sha256(weights: str) -> str:

@@ -4,6 +4,7 @@
     image, params ─ prepare: letterbox ─→ Prepared ─┐
     image, params ─ prepare: letterbox ─→ Prepared ─┼─ predict: one forward pass, then per image: NMS, scaling ─→ ImageResult …
     image, params ─ prepare: letterbox ─→ Prepared ─┘   (all with the same ``bucket``)
+                                                        or, where an engine is ``one_by_one``, each: a pass an image
 
 The rule of the project lives here: a model belongs to the thread that loaded it, from load to death. Another thread, a
 forked process and pickling all raise ``ModelOwnershipError``. Why: an Ultralytics predictor keeps the arguments of a call
@@ -21,12 +22,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +37,14 @@ from actors.engines import Made
 from actors.errors import BadRequest, EngineOutOfMemory, ModelError, ModelOwnershipError
 from actors.fake_model import FakeModel
 from actors.images import as_tensor
-from actors.predictor import exported_imgsz, load_predictor, precision_of, versions
+from actors.predictor import exported_imgsz, load_predictor, precision_of, streams_of, versions
 from actors.schemas import MAX_IMGSZ, Detection, ImageResult, ModelInfo, Points, PredictParams, Timing
 from actors.settings import ModelSettings
 from actors.weights import hash_weights
 
 Array = NDArray[np.uint8]
 Bucket = tuple[Any, ...]
+Key = TypeVar("Key")
 
 END2END_CANDIDATES = 300  # ultralytics' predictor asks an end-to-end head for at least this many
 
@@ -72,11 +75,18 @@ class Model(Protocol):
     def info(self) -> ModelInfo:
         """What was loaded."""
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the engine computes each image by itself, and is kept at work by ``each`` with whatever comes."""
+
     def prepare(self, image: Array, params: PredictParams, shape: tuple[int, ...] | None = None) -> Any:
         """Letterbox ``image``, a reduced copy of one of ``shape``. Safe in any thread."""
 
     def predict(self, batch: Sequence[Any]) -> list[ImageResult]:
         """One forward pass over a batch of one bucket. On the owner thread only."""
+
+    def each(self, take: Callable[[], tuple[Key, Any] | None]) -> Iterator[tuple[Key, ImageResult]]:
+        """Image by image, as they come and as they are done. On the owner thread only."""
 
     def infer(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """One forward pass over (N, 3, H, W) RGB from 0 to 1. On the owner thread only."""
@@ -132,6 +142,7 @@ class YoloModel:
         self._flexible = backend.format == "pt" or bool(getattr(backend, "dynamic", False))
         self._adjustable_head = backend.format == "pt" and bool(getattr(backend, "end2end", False))
         self._args = self._predictor.args
+        self._streams = None if self._args.task == "classify" else streams_of(backend)
         self._imgsz = self._checked_imgsz(self._predictor.imgsz)
         self._info = ModelInfo(
             name=settings.name,
@@ -164,6 +175,11 @@ class YoloModel:
         """Whether the head takes ``max_det`` and ``agnostic_nms`` from each call, as end-to-end ``.pt`` weights do."""
         return self._adjustable_head
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the engine computes each image by itself, so that no image waits for others of its shape."""
+        return self._streams is not None
+
     def prepare(self, image: Array, params: PredictParams, shape: tuple[int, ...] | None = None) -> Prepared:
         """Letterbox one image as Ultralytics' predictor does for a single image. Safe in any thread.
 
@@ -184,7 +200,7 @@ class YoloModel:
         if self._info.task == "classify":
             return Prepared(shape or image.shape, image, params, ("classify", imgsz))
         inputs = self._letterbox(imgsz, params.rect)(image=image)
-        return Prepared(shape or image.shape, inputs, params, (inputs.shape, *head))
+        return Prepared(shape or image.shape, inputs, params, () if self.one_by_one else (inputs.shape, *head))
 
     def predict(self, batch: Sequence[Prepared]) -> list[ImageResult]:
         """Run one forward pass over images of one bucket, then post-process each with its own thresholds.
@@ -202,8 +218,47 @@ class YoloModel:
         self._check_owner()
         import torch
 
+        if self.one_by_one:
+            waiting = deque(enumerate(batch))
+            found = dict(self.each(lambda: waiting.popleft() if waiting else None))
+            return [_in_batch(found[index], len(batch)) for index in range(len(batch))]
         with torch.inference_mode(), _translate_out_of_memory(len(batch)):
             return self._predict(batch)
+
+    def each(self, take: Callable[[], tuple[Key, Prepared] | None]) -> Iterator[tuple[Key, ImageResult]]:
+        """Compute image by image, as long as there are any: with others going on, one is post-processed.
+
+        Args:
+            take: gives the next prepared image, and what it is known by; None while there is none. Called on this thread
+                whenever the engine has room.
+
+        Yields:
+            What the image is known by, and its result, in the order in which they are done.
+
+        Raises:
+            ModelOwnershipError: called from another thread or process than the one that loaded the model.
+            RuntimeError: the engine has failed for one of those that it had, or is not ``one_by_one``.
+        """
+        self._check_owner()
+        import torch
+
+        if self._streams is None:
+            raise RuntimeError(f"{self._info.engine} computes batches")
+
+        def inputs() -> tuple[tuple[Key, Prepared, Any, float], NDArray[np.float32]] | None:
+            if (taken := take()) is None:
+                return None
+            begun = time.perf_counter()
+            tensor = as_tensor([taken[1].inputs])
+            return (*taken, torch.from_numpy(tensor), 1e3 * (time.perf_counter() - begun)), tensor
+
+        for (key, item, tensor, preprocess), arrays, inference in self._streams.each(inputs):
+            begun = time.perf_counter()
+            with torch.inference_mode(), self._threads_of_post():
+                outputs = [torch.from_numpy(array) for array in arrays]
+                result = self._postprocess(outputs[0] if len(outputs) == 1 else outputs, tensor, item)
+            timing = Timing(preprocess=preprocess, inference=inference, postprocess=1e3 * (time.perf_counter() - begun))
+            yield key, replace(result, timing=timing)
 
     def infer(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """Run the engine alone: no letterbox, no suppression. What Ultralytics' remote backends ask for.
@@ -269,7 +324,7 @@ class YoloModel:
         preprocess = 1e3 * (prepared - started) / len(batch)
         inference = 1e3 * (inferred - prepared) / len(batch)
         results = []
-        with nullcontext() if self._info.task == "segment" else _one_thread():  # masks are large
+        with self._threads_of_post():
             for index, item in enumerate(batch):
                 begun = time.perf_counter()
                 result = self._postprocess(_row(outputs, index), inputs[index : index + 1], item)
@@ -277,6 +332,9 @@ class YoloModel:
                 timing = Timing(preprocess=preprocess, inference=inference, postprocess=postprocess, batch_size=len(batch))
                 results.append(replace(result, timing=timing))
         return results
+
+    def _threads_of_post(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._info.task == "segment" else _one_thread()  # masks are large
 
     def _tensor(self, images: list[Array]) -> Any:
         """The engine's input for letterboxed images; Ultralytics' own way where it is on a GPU, or crops for ``classify``."""
@@ -347,6 +405,10 @@ def _predictor_of(weights: Path, threads: int, engine: Made | None) -> Any:
     if engine.path is None:  # torch itself, computing in another precision
         return load_predictor(weights, threads, quantize={"fp16": 16}.get(engine.plan.precision))
     return load_predictor(engine.path, threads, imgsz=exported_imgsz(engine.path))
+
+
+def _in_batch(result: ImageResult, size: int) -> ImageResult:
+    return replace(result, timing=replace(result.timing, batch_size=size))
 
 
 def _row(outputs: Any, index: int) -> Any:

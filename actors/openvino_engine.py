@@ -1,10 +1,12 @@
 """OpenVINO as an actor wants it: on the cores that are its own, image by image on streams of one thread each.
 
-    (n, 3, h, w) ─┬─ n images: n requests, on as many one-thread streams as there are threads ─┐
-                  └─ the last one, if it would be alone: all threads on it together ───────────┴─→ outputs, (n, …) each
+    take ─→ (1, 3, h, w) ─┬─ beside others: on one of as many one-thread streams as there are threads ─┬─→ outputs, each as
+     whenever a stream    └─ nothing else is there: all threads on it together ────────────────────────┘   it is computed
+     is about to be free
 
 Why: threads that share an image wait for each other at every layer, and for whoever else has a core just then; streams do
-not. A request per image also costs less than one over a batch, whose activations leave the caches.
+not. A request per image also costs less than one over a batch, whose activations leave the caches, and does not wait for
+the slowest of a batch, nor for others of its own shape.
 
 A form of the model that is compiled for one shape computes up to a fifth cheaper than one with free sides; compiling it costs
 as much as several images, and memory. So free sides answer first, and a shape that comes often gets a form of its own.
@@ -14,11 +16,15 @@ Plugs into Ultralytics' ``AutoBackend``; letterbox, suppression and scaling stay
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import openvino
@@ -31,6 +37,7 @@ KEPT_SHAPES = 3  # compiled forms, the least recently used goes first: each hold
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 
 Array = NDArray[np.float32]
+Key = TypeVar("Key")
 
 
 class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
@@ -61,6 +68,11 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         self._free_sides = shape[2].is_dynamic and shape[3].is_dynamic
         self._free = None if _crashes_with_free_sides(model) else _Compiled(self._core, model, self._threads)
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether images are computed each by itself; an export that has its batch built in takes no fewer."""
+        return bool(self._one_by_one)
+
     def forward(self, im: torch.Tensor) -> list[Array]:
         """The outputs of a batch.
 
@@ -72,15 +84,57 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         """
         inputs = np.ascontiguousarray(im.numpy(), np.float32)
         pieces = [inputs[index : index + 1] for index in range(len(inputs))] if self._one_by_one else [inputs]
-        found = self._form(inputs.shape[1:], len(inputs)).run(pieces)
-        return [np.concatenate(parts) for parts in zip(*found, strict=True)]  # a copy, as requests are used again
+        waiting = deque(enumerate(pieces))
+        found: dict[int, list[Array]] = {}
+        for index, outputs, _ in self.each(lambda: waiting.popleft() if waiting else None):
+            found[index] = [output.copy() for output in outputs]
+        return [np.concatenate(parts) for parts in zip(*(found[index] for index in range(len(pieces))), strict=True)]
 
-    def _form(self, shape: tuple[int, ...], images: int) -> _Compiled:
-        """What is compiled for (3, h, w), or free sides as long as that shape is rare."""
+    def each(self, take: Callable[[], tuple[Key, Array] | None]) -> Iterator[tuple[Key, list[Array], float]]:
+        """Compute image by image as long as there are any, and tell each as soon as it is done.
+
+        Args:
+            take: gives what an image is known by and the image, (1, 3, h, w) float32 RGB from 0 to 1; None while there is
+                none. Called when a stream is about to be free, on the caller's thread.
+
+        Yields:
+            What the image is known by; its outputs, which last until the next one is asked for; milliseconds since the
+            one before was done, or since this one was begun if that was later: over all images, the engine's time.
+        """
+        done = SimpleQueue[tuple[int, float]]()
+        flying: dict[int, tuple[Key, _Flight]] = {}
+        numbers, before = count(), 0.0
+        try:
+            while True:
+                room = self._threads + 1 - len(flying)  # one more than there are streams, so that none has to wait for it
+                taken = list(islice(iter(take, None), room))
+                if len(taken) == 1 and not flying and self._threads > 1:
+                    ((key, image),) = taken
+                    begun = time.perf_counter()
+                    outputs = self._form(image).together(image)
+                    before = time.perf_counter()
+                    yield key, outputs, 1e3 * (before - begun)
+                    continue
+                for number, (key, image) in zip(numbers, taken, strict=False):
+                    flying[number] = key, _Flight(self._form(image), number, image, done)
+                if not flying:
+                    return
+                number, now = done.get()
+                key, flight = flying[number]
+                yield key, flight.outputs(), 1e3 * (now - max(before, flight.begun))
+                flying.pop(number)[1].land()
+                before = now
+        finally:
+            for _, flight in flying.values():
+                flight.land()
+
+    def _form(self, image: Array) -> _Compiled:
+        """What is compiled for such an image, or free sides as long as its shape is rare."""
+        shape = image.shape[1:]
         if shape in self._shaped:
             self._shaped.move_to_end(shape)
             return self._shaped[shape]
-        self._images[shape] += images
+        self._images[shape] += len(image)
         rare = not (self._free_sides and self._one_by_one) or self._images[shape] < OFTEN
         if self._free is not None and rare:
             return self._free
@@ -128,18 +182,40 @@ class _Compiled:
         }
         return self._core.compile_model(self._model, "CPU", properties)
 
-    def run(self, pieces: Sequence[Array]) -> list[list[Array]]:
-        """The outputs of each piece, in order, which the next run overwrites."""
-        alone = self._threads > 1 and len(pieces) % self._threads == 1
-        several = pieces[:-1] if alone else pieces
-        while len(self._requests) < len(several):
-            self._requests.append(self._streams.create_infer_request())
-        busy = self._requests[: len(several)]
-        for request, piece in zip(busy, several, strict=True):
-            request.start_async({0: piece}, share_inputs=True)
-        for request in busy:
-            request.wait()
-        if alone:
-            self._together.infer({0: pieces[-1]}, share_inputs=True)
-        used = [*busy, self._together] if alone else busy
-        return [[tensor.data for tensor in request.output_tensors] for request in used]
+    def together(self, image: Array) -> list[Array]:
+        """The outputs of one image, which the next one overwrites."""
+        self._together.infer({0: image}, share_inputs=True)
+        return [tensor.data for tensor in self._together.output_tensors]
+
+    def request(self) -> openvino.InferRequest:
+        """One that is not in use, until it is given back."""
+        return self._requests.pop() if self._requests else self._streams.create_infer_request()
+
+    def give_back(self, request: openvino.InferRequest) -> None:
+        """From now on somebody else may have it."""
+        self._requests.append(request)
+
+
+class _Flight:
+    """One image on its way through a stream; begun with the object, and to be landed before its form or image goes."""
+
+    def __init__(self, form: _Compiled, number: int, image: Array, done: SimpleQueue[tuple[int, float]]) -> None:
+        self._form, self._image, self._request = form, image, form.request()
+        self._request.set_callback(lambda _: done.put((number, time.perf_counter())), None)
+        self.begun = time.perf_counter()
+        self._request.start_async({0: image}, share_inputs=True)
+
+    def outputs(self) -> list[Array]:
+        """When it is done.
+
+        Raises:
+            RuntimeError: of OpenVINO.
+        """
+        self._request.wait()
+        return [tensor.data for tensor in self._request.output_tensors]
+
+    def land(self) -> None:
+        """Wait for its end, and give the request back."""
+        with suppress(RuntimeError):  # whoever wants to know has asked for the outputs
+            self._request.wait()
+        self._form.give_back(self._request)

@@ -15,13 +15,16 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 
 from actors.errors import FleetError, ModelError
 from actors.schemas import TASKS, Precision
+
+if TYPE_CHECKING:
+    from actors.openvino_engine import OpenVINOStreams
 
 _patching = threading.Lock()
 
@@ -130,6 +133,12 @@ def _session_options(threads: int) -> Any:
     # Threads that wait for each other in a loop halve the throughput when anything else takes one of the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def streams_of(backend: Any) -> OpenVINOStreams | None:
+    """What computes image by image, if the weights are for an engine that does."""
+    inner = backend.backend
+    return inner if getattr(inner, "one_by_one", False) else None
 
 
 def precision_of(backend: Any) -> Precision:

@@ -2,10 +2,12 @@
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from actors.detector import Detector
-from actors.errors import BadImage, EngineOutOfMemory, ModelError, ReplicaUnavailable
+from actors.errors import BadImage, DeadlineExceeded, EngineOutOfMemory, ModelError, ReplicaUnavailable
 from actors.fake_model import FakeModel, fake_result
 from actors.images import decode_image, encode_jpeg
 from actors.model import YoloModel
@@ -21,7 +23,7 @@ from actors.schemas import ImageResult, PredictParams
 from actors.settings import ImageLimits, ModelSettings
 from deploy.demo.scene import draw_scene
 from deploy.weights import EMBEDDED
-from tests.conftest import picture
+from tests.conftest import picture, until
 
 LIMITS = ImageLimits()
 
@@ -180,3 +182,68 @@ def test_closing_answers_what_was_accepted() -> None:
     with detector("slow_ms=10") as fleet:
         futures = [fleet.submit(picture(), PredictParams()) for _ in range(20)]
     assert all(future.result().detections for future in futures)
+
+
+def test_an_engine_that_computes_image_by_image_takes_any_shapes_at_once_and_whatever_comes() -> None:
+    pictures = [picture(width=64 + 16 * (n % 5), blue=n, red=60 + n) for n in range(40)]
+    with detector("one_by_one=1&slow_ms=2", max_batch=4) as fleet:
+        sizes = list[int]()
+        fleet.on_batch = sizes.append
+        params = [PredictParams(conf=n / 100) for n in range(40)]
+        futures = [fleet.submit(data, each) for data, each in zip(pictures, params, strict=True)]
+        results = [future.result() for future in futures]
+    assert [result.detections for result in results] == [
+        expected(data, each).detections for data, each in zip(pictures, params, strict=True)
+    ]
+    assert sum(sizes) == 40 and max(sizes) == 4
+    assert {result.timing.batch_size for result in results} == set(sizes)
+    assert all(result.timing.batch_wait >= 0 and result.timing.decode > 0 for result in results)
+
+
+def test_one_that_fails_in_such_an_engine_fails_alone_wherever_it_is() -> None:
+    for place in (0, 5, 11):
+        with detector("one_by_one=1&fail=240&slow_ms=2", max_batch=4) as fleet:
+            futures = [fleet.submit(picture(blue=240 if n == place else 0), PredictParams()) for n in range(12)]
+            wait(futures)
+        assert [n for n, future in enumerate(futures) if future.exception()] == [place]
+
+
+def test_such_an_engine_under_endless_load_still_comes_round_for_health_tensors_and_its_successor() -> None:
+    stop = threading.Event()
+
+    def ask(fleet: Detector) -> int:
+        answered = 0
+        while not stop.is_set():
+            answered += bool(fleet.submit(picture(), PredictParams()).result().detections)
+        return answered
+
+    def models() -> int:
+        return sum(thread.name == "model" for thread in threading.enumerate())
+
+    before = models()
+    with detector("one_by_one=1&slow_ms=1") as fleet, ThreadPoolExecutor(6) as callers:
+        asking = [callers.submit(ask, fleet) for _ in range(6)]
+        try:
+            for _ in range(5):
+                fleet.check_health(timeout_s=20)
+                fleet.submit_tensor(np.zeros((1, 3, 4, 4), np.float32)).result(timeout=20)
+                fleet.replace(lambda: FakeModel(ModelSettings(name="fake", weights="fake:?one_by_one=1&slow_ms=1")))
+                until(lambda: models() == before + 1)  # the one before has ended
+        finally:
+            stop.set()
+        assert all(done.result(timeout=20) > 0 for done in asking)
+
+
+def test_such_an_engine_computes_nothing_that_nobody_waits_for(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with detector(f"one_by_one=1&gate={gate}&log={tmp_path / 'log'}") as fleet:
+        gate.touch()
+        first = fleet.submit(picture(blue=1), PredictParams())
+        until(lambda: (tmp_path / "log").read_text().endswith("\n1\n"))
+        gone, late = fleet.submit(picture(blue=2), PredictParams()), fleet.submit(picture(blue=3), PredictParams(), 0.0)
+        last = fleet.submit(picture(blue=4), PredictParams())
+        assert gone.cancel()
+        assert isinstance(late.exception(), DeadlineExceeded)
+        gate.unlink()
+        assert first.result() and last.result()
+    assert (tmp_path / "log").read_text().split()[-2:] == ["1", "4"]

@@ -247,6 +247,10 @@ def test_threads_follow_num_cpus_after_the_warm_up_too(
             seen.append(torch.get_num_threads())
             return super().predict(batch)
 
+        def each(self, take: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return super().each(take)
+
     settings = ModelSettings(name="parts", weights=str(exports / weights))
     detector = Detector(lambda: Watched(settings, threads), ImageLimits())
     detector.submit(picture(), PredictParams()).result()
