@@ -160,10 +160,10 @@ def test_what_the_job_says_of_its_own_output_is_what_yolo_val_says(
 ) -> None:
     """Both with square letterbox and several labels a box: ``YOLO.val``'s own rectangles are padded by half a stride.
 
-    Both mAP are within 0.005 of it as it is; precision and recall are told at the threshold where the mean F1 is best, which moves
-    among near ties, and trades one for the other by 0.007. Two things differ between ``YOLO.val`` and
-    ``YOLO.predict``, which a job equals: scaling an image up (five times here), the one rounds its sides up, the other to the
-    nearest; and the one leaves boxes beyond the image's border. Without them every class is within 0.005 in everything.
+    Both mAP are within 0.005 of it as it is; precision and recall are told at the threshold where the mean F1 is best, which
+    moves among near ties, and trades one for the other by 0.007. Two things differ between ``YOLO.val`` and ``YOLO.predict``,
+    which a job equals: scaling an image up (five times here), the one rounds its sides up, the other to the nearest; and the
+    one leaves boxes beyond the image's border. Without them every class is within 0.005 in everything.
     """
     dataset = tmp_path / "coco128"
     for part in ("images", "labels"):  # a copy: YOLO.val writes a cache beside the labels
