@@ -27,6 +27,7 @@ from actors.worker import OUTPUT, DetectionWorker
 from deploy.batch import Job, JobProgress, JobSettings
 from deploy.environment import free_port
 from deploy.jobs import gallery, list_jobs, recorded
+from deploy.weights import EMBEDDED
 from tests.conftest import picture, processes
 from tests.unit.test_storage import tar_of
 
@@ -40,8 +41,10 @@ class Interrupted(Exception):
     pass
 
 
-def job_of(*sources: str, out: str | Path, retry_failed: bool = False, **settings: Any) -> Job:
-    return Job.open(JobSettings(sources=sources, model=FAKE, out=out, **settings), retry_failed=retry_failed)
+def job_of(
+    *sources: str, out: str | Path, retry_failed: bool = False, model: ModelSettings | None = None, **settings: Any
+) -> Job:
+    return Job.open(JobSettings(sources=sources, model=model or FAKE, out=out, **settings), retry_failed=retry_failed)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def test_a_worker_in_ray_data_gives_every_row_its_result_or_its_error(tmp_path: 
     assert by_uri["broken"]["detections"] is None
 
 
-def watched_job(folder: Path, inputs: int) -> tuple[float, list[int]]:
+def watched_job(folder: Path, inputs: int, model: ModelSettings) -> tuple[float, list[int]]:
     """CPU milliseconds an image, and bytes in memory after each shard: of the job's driver, which is here, and its actors."""
     spent: list[tuple[int, float]] = []
     resident: list[int] = []
@@ -174,7 +177,8 @@ def watched_job(folder: Path, inputs: int) -> tuple[float, list[int]]:
                 resident.append(sum(process.memory_info().rss for process in watched))
 
     before = time.process_time()
-    job = job_of(str(folder / "*.png"), out=folder / f"out-{inputs}", actors=2)
+    small = PredictParams(imgsz=(64, 64))
+    job = job_of(str(folder / "*.png"), out=folder / f"out-{inputs}", actors=2, model=model, params=small)
     opening = time.process_time() - before
     job.run(ActorSettings(num_cpus=0.1), sample)
     before = time.process_time()
@@ -185,20 +189,22 @@ def watched_job(folder: Path, inputs: int) -> tuple[float, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("few", "many"),
+    ("few", "many", "model"),
     [
-        pytest.param(1000, 4000, marks=pytest.mark.slow),
-        pytest.param(10_000, 100_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+        pytest.param(1000, 4000, FAKE, marks=pytest.mark.slow),
+        pytest.param(10_000, 100_000, EMBEDDED, marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
     ],
 )
-def test_memory_and_cost_do_not_grow_with_the_number_of_inputs(few: int, many: int, tmp_path: Path) -> None:
+def test_memory_and_cost_do_not_grow_with_the_number_of_inputs(
+    few: int, many: int, model: ModelSettings, tmp_path: Path
+) -> None:
     costs = []
     for inputs in (few, many):
         for number in range(inputs):
             file = tmp_path / f"{number:06d}.png"
             if not file.exists():
                 file.write_bytes(PICTURES[f"{number % 40:03d}.png"])
-        cost, resident = watched_job(tmp_path, inputs)
+        cost, resident = watched_job(tmp_path, inputs, model)
         costs.append(cost)
         third = len(resident) // 3
         print(f"{inputs}: {cost:.3f} ms of CPU an image, {resident[third] / 1e6:.0f} to {resident[-1] / 1e6:.0f} MB")
