@@ -7,64 +7,56 @@ first imported.
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 from rich.markup import escape
 
-from actors.errors import FleetError
-from actors.settings import Decode, Engine, EnginePrecision
+from actors.settings import Decode
+from deploy.bench.cli import bench
 from deploy.environment import prepare_environment, use_haproxy
-from deploy.settings import LogFormat, LogLevel, Topology
+from deploy.options import (
+    BatchSize,
+    Calibrate,
+    Cpus,
+    EngineFlag,
+    HaProxy,
+    JsonFile,
+    PrecisionFlag,
+    ServeTopology,
+    Weights,
+    console,
+    engine_fields,
+    errors,
+    explained,
+    say,
+    whole_numbers,
+)
+from deploy.settings import LogFormat, LogLevel
 
 if TYPE_CHECKING:
     from actors.schemas import PredictParams
-    from actors.settings import ModelSettings
     from deploy.batch import JobSettings
     from deploy.settings import LogSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(":")[0])
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine, and what of its limit a user gets.")
 app.add_typer(bench, name="bench")
 EVAL_CONF = 0.001
 
-console = Console(soft_wrap=True)
-errors = Console(stderr=True, soft_wrap=True)
-
 Gpus = Annotated[float | None, typer.Option(help="GPU share of each, a fraction or a whole number; equal shares if left out")]
-Cpus = Annotated[float | None, typer.Option(help="CPUs of each, which also sets its threads; equal shares if left out")]
 Level = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False, help="INFO has a line per request")]
 Format = Annotated[LogFormat, typer.Option("--log-format", help="json for what collects logs")]
 Actors = Annotated[str, typer.Option(metavar="N|MIN:MAX", help="actors, each with a private model; MAX as there is room")]
-BatchSize = Annotated[int, typer.Option(min=1, max=256, help="most images in one forward pass")]
 Background = Annotated[bool, typer.Option("--background", help="take only CPU time that nothing else wants")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="throw away what is committed in --out")]
 Imgsz = Annotated[str | None, typer.Option(help="640, or HEIGHT,WIDTH; the model's own if left out")]
 Iou = Annotated[float, typer.Option(help="highest overlap that suppression leaves")]
 Classes = Annotated[str | None, typer.Option(help="class ids to keep, such as 0,2")]
 MaxErrors = Annotated[str | None, typer.Option(metavar="N|P%", help="stop when more inputs fail")]
-EngineFlag = Annotated[
-    Engine,
-    typer.Option("--engine", envvar="YOLOFLEET_ENGINE", help="what computes .pt weights; auto: the fastest that agrees"),
-]
-PrecisionFlag = Annotated[EnginePrecision, typer.Option("--precision", help="auto: fp32 on a CPU, fp16 on a GPU")]
-Calibrate = Annotated[Path | None, typer.Option(metavar="FOLDER", help="images that --precision int8 is fitted to")]
 DecodeFlag = Annotated[Decode, typer.Option("--decode", help="reduced: large JPEGs by a faster way, boxes differ slightly")]
-Weights = Annotated[str | None, typer.Option(metavar="WEIGHTS", help="what ultralytics.YOLO loads")]
-ServeTopology = Annotated[Topology, typer.Option(help="direct: the model lives in the ingress; auto: if it is the only one")]
-HaProxy = Annotated[bool, typer.Option("--haproxy", help="Serve's HAProxy data plane instead of its Python proxy")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report here too")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="draw the report")]
-BenchImages = Annotated[Path, typer.Argument(help="a folder of JPEG images")]
-BenchCount = Annotated[int | None, typer.Option(min=1, help="how many of its images; all if left out")]
-BenchRounds = Annotated[int, typer.Option(min=1, help="how often all sides are measured, in rotated order")]
 
 
 @app.command()
@@ -99,7 +91,7 @@ def serve(
 
     def from_flags() -> AppSettings:
         count = Replicas.from_flag(replicas)
-        models = models_from_flags(model or [], console.print, **_engine(engine, precision, calibrate), decode=decode)
+        models = models_from_flags(model or [], console.print, **engine_fields(engine, precision, calibrate), decode=decode)
         actor = reservation(len(models) * count.max, cpus_per_replica, gpus_per_replica)
         served = tuple(ServedModel(**each.model_dump(), replicas=count, actor=actor) for each in models)
         auth = AuthSettings(keys_file=None if api_keys is None else str(api_keys.resolve()))
@@ -211,7 +203,7 @@ def predict(
                 out,
                 model,
                 actors,
-                _engine(engine, precision, calibrate) | {"decode": decode, "max_batch": batch_size},
+                engine_fields(engine, precision, calibrate) | {"decode": decode, "max_batch": batch_size},
                 max_errors,
                 params=replace(_params(conf, iou, imgsz, classes, max_det), rect=rect, multi_label=multi_label),
                 column=column,
@@ -267,7 +259,7 @@ def track(
             out,
             model,
             actors,
-            _engine(engine, precision, calibrate) | {"decode": decode, "max_batch": batch_size},
+            engine_fields(engine, precision, calibrate) | {"decode": decode, "max_batch": batch_size},
             max_errors,
             params=_params(conf, iou, imgsz, classes, max_det),
             tracker=TrackerSettings.model_validate({"kind": tracker}),
@@ -376,196 +368,6 @@ def race(
         raise typer.Exit(1)
 
 
-@bench.command()
-def limit(
-    source: BenchImages,
-    model: Weights = None,
-    engine: EngineFlag = "auto",
-    precision: PrecisionFlag = "auto",
-    calibrate: Calibrate = None,
-    images: BenchCount = None,
-    batch_size: BatchSize = 8,
-    streams: Annotated[str | None, typer.Option(metavar="N,N…", help="1 to the number of cores if left out")] = None,
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-) -> None:
-    """What this machine can do at most: everything in memory, one stream a core; each stage alone."""
-    from actors.hardware import available_cpus
-    from deploy.bench.limit import bench_limit
-
-    with explained():
-        settings = _benched(model, batch_size, engine, precision, calibrate)
-        encoded = [path.read_bytes() for path in _jpegs(source, images)]
-        counts = _whole_numbers("--streams", streams) or [*range(1, available_cpus() + 1)]
-        report = bench_limit(settings, encoded, counts, _say)
-        _show(report.as_dict(), json_file, plot_file)
-
-
-@bench.command("serve")
-def serve_under_load(
-    source: BenchImages,
-    url: Annotated[str | None, typer.Option(help="an endpoint that runs already, such as http://HOST:PORT/predict")] = None,
-    model: Weights = None,
-    engine: EngineFlag = "auto",
-    precision: PrecisionFlag = "auto",
-    calibrate: Calibrate = None,
-    images: BenchCount = None,
-    topology: ServeTopology = "auto",
-    haproxy: HaProxy = False,
-    replicas: Annotated[int, typer.Option(min=1, help="replicas of the model")] = 1,
-    cpus_per_replica: Cpus = None,
-    concurrency: Annotated[str, typer.Option(metavar="N,N…", help="callers of each closed loop")] = "1,4,16,64",
-    requests: Annotated[int, typer.Option(min=1, help="of each closed loop; four a caller at least")] = 200,
-    rounds: BenchRounds = 3,
-    sweep: Annotated[bool, typer.Option(help="after that, rates up to saturation")] = True,
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-) -> None:
-    """The endpoint under closed and open loads, with what all of its processes take; the limit and YOLO.predict beside it."""
-    from deploy.bench.serve import Course, Fleet, bench_serve, bench_url
-
-    with explained():
-        callers = _whole_numbers("--concurrency", concurrency)
-        course = Course(_jpegs(source, images), callers, requests, rounds, sweep)
-        if url:
-            report = bench_url(url, course, _say)
-        else:
-            settings = _benched(model, None, engine, precision, calibrate)
-            fleet = Fleet(settings, topology, haproxy, replicas, cpus_per_replica)
-            report = bench_serve(fleet, course, _say)
-        _show(report.as_dict(), json_file, plot_file)
-
-
-@bench.command()
-def batch(
-    source: BenchImages,
-    model: Weights = None,
-    engine: EngineFlag = "auto",
-    precision: PrecisionFlag = "auto",
-    calibrate: Calibrate = None,
-    repeat: Annotated[int, typer.Option(min=1, help="how often each image is taken")] = 8,
-    rounds: BenchRounds = 3,
-    batch_size: BatchSize = 8,
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-) -> None:
-    """The dataset job against this machine's limit and against YOLO.predict in a loop, side by side."""
-    from deploy.bench.batch import bench_batch
-
-    with explained():
-        settings = _benched(model, batch_size, engine, precision, calibrate)
-        report = bench_batch(settings, _jpegs(source, None), repeat, rounds, _say)
-        _show(report.as_dict(), json_file, plot_file)
-
-
-@bench.command()
-def peers(
-    source: BenchImages,
-    model: Annotated[str, typer.Option(metavar="WEIGHTS.pt", help="a detection model, which is exported for the others")],
-    engine: EngineFlag = "auto",
-    precision: PrecisionFlag = "auto",
-    calibrate: Calibrate = None,
-    images: BenchCount = None,
-    fleet: Annotated[
-        list[str] | None, typer.Option(metavar="auto|direct|routed[+haproxy]", help="yolofleet's own sides; repeatable")
-    ] = None,
-    callers: Annotated[int, typer.Option(min=1, help="who ask at the same time")] = 16,
-    requests: Annotated[int, typer.Option(min=1, help="of each measurement")] = 200,
-    rounds: BenchRounds = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="2 rounds of 100 requests on 32 images")] = False,
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-) -> None:
-    """What else one would take, side by side: FastAPI, LitServe, BentoML, Ray Serve, Roboflow, a loop; each made by uv."""
-    from deploy.bench.contest import Contest, bench_peers
-    from deploy.bench.serve import Fleet
-
-    if quick:
-        images, requests, rounds = images or 32, 100, 2
-    with explained():
-        settings = _benched(model, None, engine, precision, calibrate)
-        fleets = {f"yolofleet {flags}": Fleet.from_flag(flags, settings) for flags in fleet or ["auto"]}
-        contest = Contest(settings, _jpegs(source, images), fleets, callers, requests, rounds)
-        report = bench_peers(contest, _say)
-        _show(report.as_dict(), json_file, plot_file)
-
-
-@bench.command("report")
-def bench_report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="what --json has written")],
-    plot_file: PlotFile = None,
-) -> None:
-    """Tables in Markdown, and a picture, of what was measured before."""
-    from deploy.bench import BenchError
-
-    with explained():
-        if plot_file and len(files) > 1:
-            raise BenchError("--plot draws one report: give one FILE with it")
-        for file in files:
-            try:
-                report = json.loads(file.read_text())
-            except (OSError, ValueError) as error:
-                raise BenchError(f"Cannot read {file}: {error}") from error
-            _show(report, None, plot_file)
-
-
-@bench.command()
-def share(
-    source: BenchImages,
-    model: Weights = None,
-    engine: EngineFlag = "auto",
-    precision: PrecisionFlag = "auto",
-    calibrate: Calibrate = None,
-    actors: Annotated[str, typer.Option(help="numbers of actors")] = "1,2,4,8,16",
-    imgsz: Annotated[int, typer.Option(min=32, help="letterbox target")] = 640,
-    batch_size: BatchSize = 8,
-    rounds: BenchRounds = 3,
-    seconds: Annotated[float, typer.Option(min=0.5, help="how long each measurement takes")] = 10,
-    json_file: JsonFile = None,
-) -> None:
-    """Actors that share one GPU, or this machine's cores, against one with all of it and against YOLO.predict."""
-    from actors.hardware import cuda_devices
-    from deploy.bench.share import bench_share, render
-    from deploy.launch import local_ray
-
-    with explained():
-        images, settings = _jpegs(source, None), _benched(model, batch_size, engine, precision, calibrate)
-        with local_ray():
-            report = bench_share(
-                settings,
-                images,
-                imgsz,
-                _whole_numbers("--actors", actors),
-                gpu=bool(cuda_devices()),
-                rounds=rounds,
-                seconds=seconds,
-                report=_say,
-            )
-    console.print(render(report))
-    if json_file:
-        json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-
-
-@bench.command()
-def background(
-    source: BenchImages,
-    model: Weights = None,
-    share: Annotated[float, typer.Option(min=0.05, max=1, help="of what the endpoint answers at most")] = 0.5,
-    requests: Annotated[int, typer.Option(min=20, help="in each half of a round")] = 300,
-    batch_size: BatchSize = 8,
-    rounds: BenchRounds = 4,
-    json_file: JsonFile = None,
-) -> None:
-    """An endpoint's latency with and without a dataset job beside it that has --background."""
-    from deploy.bench.background import bench_background, render
-
-    with explained():
-        report = bench_background(_benched(model, batch_size), _jpegs(source, None), share, requests, rounds, _say)
-    console.print(render(report))
-    if json_file:
-        json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-
-
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(metavar="NAME=WEIGHTS", help="what ultralytics.YOLO loads")],
@@ -590,7 +392,7 @@ def plan(
             raise BadRequest("Give --gpu for this machine, or --node for another one")
         (settings,) = models_from_flags([model], console.print)
         wish = Wish(settings, imgsz, slo_p95_ms, gpu, node, price_per_hour, load, seconds)
-        made = make_plan(wish, source, _say)
+        made = make_plan(wish, source, say)
     console.print(render(made))
     if out:
         out.write_text(write_config(made))
@@ -635,20 +437,6 @@ def key(name: Annotated[str, typer.Argument(help="whose key it is; appears in lo
     print(line)
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turn an expected error into one sentence on stderr and exit status 2; anything else keeps its traceback."""
-    try:
-        yield
-    except FleetError as error:
-        _leave(error.message)
-    except ValidationError as error:
-        first = error.errors()[0]
-        _leave(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
 def _alone(context: typer.Context, option: str, *others: str) -> None:
     """Refuse flags beside ``option`` that it makes meaningless, all but ``others``."""
     from actors.errors import BadRequest
@@ -661,11 +449,6 @@ def _alone(context: typer.Context, option: str, *others: str) -> None:
             raise BadRequest(f"--{option} says what is served, and --{flag} does too: leave one of them out")
 
 
-def _leave(sentence: str) -> None:
-    errors.print(f"[red]error:[/] {escape(sentence)}", highlight=False)
-    raise typer.Exit(2) from None
-
-
 def _score_line(score: dict[str, Any]) -> str:
     values = (
         f"mAP50 {score['map50']:.3f}, mAP50-95 {score['map50_95']:.3f}, P {score['precision']:.3f}, R {score['recall']:.3f}"
@@ -673,71 +456,20 @@ def _score_line(score: dict[str, Any]) -> str:
     return f"{values} over {score['labels']} labels in {score['images']} images"
 
 
-def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False)
-
-
-def _benched(
-    model: str | None,
-    batch_size: int | None = None,
-    engine: Engine = "auto",
-    precision: EnginePrecision = "auto",
-    calibrate: Path | None = None,
-) -> "ModelSettings":
-    from deploy.weights import models_from_flags
-
-    how = _engine(engine, precision, calibrate) | ({"max_batch": batch_size} if batch_size else {})
-    (weights,) = models_from_flags([model] if model else [], console.print, **how)
-    return weights
-
-
-def _jpegs(folder: Path, count: int | None) -> list[Path]:
-    from deploy.bench import BenchError
-
-    images = sorted(folder.glob("*.jpg"))[:count]
-    if not images:
-        raise BenchError(f"There is no .jpg in {folder}: give a folder of JPEG images")
-    return images
-
-
-def _whole_numbers(flag: str, text: str | None) -> list[int]:
-    from actors.errors import BadRequest
-
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise BadRequest(f"{flag} is '{text}': give whole numbers separated by commas") from error
-
-
-def _show(report: dict[str, Any], json_file: Path | None, plot_file: Path | None) -> None:
-    from deploy.bench.report import markdown, plot
-
-    print(markdown(report))
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
-    if plot_file:
-        plot(report, plot_file)
-
-
 def _params(conf: float, iou: float, imgsz: str | None, classes: str | None, max_det: int) -> "PredictParams":
     from actors.errors import BadRequest
     from actors.schemas import PredictParams
 
-    size = None if imgsz is None else _whole_numbers("--imgsz", imgsz)
+    size = None if imgsz is None else whole_numbers("--imgsz", imgsz)
     if size is not None and len(size) > 2:
         raise BadRequest(f"--imgsz is '{imgsz}': give one side, or HEIGHT,WIDTH")
     return PredictParams(
         conf=conf,
         iou=iou,
         imgsz=None if size is None else (size[0], size[-1]),
-        classes=None if classes is None else tuple(_whole_numbers("--classes", classes)),
+        classes=None if classes is None else tuple(whole_numbers("--classes", classes)),
         max_det=max_det,
     )
-
-
-def _engine(engine: Engine, precision: EnginePrecision, calibrate: Path | None) -> dict[str, Any]:
-    """The fields of a model that the three flags stand for; the folder with its whole path, as actors run elsewhere."""
-    return {"engine": engine, "precision": precision, "calibrate": calibrate and str(calibrate.resolve())}
 
 
 def _job(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from actors.errors import ModelError
 from actors.fake_model import FakeModel
 from actors.images import encode_jpeg
 from actors.model import load_model
-from actors.schemas import PredictParams
+from actors.schemas import ImageResult, PredictParams
 from actors.settings import ActorSettings, ImageLimits, ModelSettings
 from actors.startup import settled_model, start_detector
 from actors.verify import CLOSE, EXACT, verify
@@ -160,6 +161,45 @@ def test_openvino_answers_as_the_original_for_every_batch_and_shape(openvino: Ma
             for one, result in zip(images, results, strict=True):
                 (expected,) = reference.predict(one, conf=0.3, verbose=False)
                 assert same_answer(expected.summary(), summary(result))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_openvino_goes_on_with_images_of_any_shape_as_they_come(openvino: Made, threads: int) -> None:
+    """Nothing is asked for that it has no stream for, but for one; and an image that cannot be prepared takes none along."""
+    model = load_model(AUTO, threads, openvino)
+    reference = ultralytics.YOLO(EMBEDDED.weights)
+    scene = draw_scene(7).image
+    images = [np.ascontiguousarray(scene[: 320 + 40 * (number % 4), : 400 - 40 * (number % 3)]) for number in range(24)]
+    waiting, inside, most = list(enumerate(images)), set[int](), 0
+
+    def take() -> tuple[int, Any] | None:
+        nonlocal most
+        if not waiting:
+            return None
+        number, image = waiting.pop(0)
+        inside.add(number)
+        most = max(most, len(inside))
+        return number, model.prepare(image, PredictParams(conf=0.3))
+
+    found = dict[int, ImageResult]()
+    for number, result in model.each(take):
+        inside.remove(number)
+        found[number] = result
+    assert most == threads + 1 and found.keys() == set(range(24))
+    for number, result in found.items():
+        (expected,) = reference.predict(images[number], conf=0.3, verbose=False)
+        assert same_answer(expected.summary(), summary(result))
+        assert result.timing.inference > 0
+
+    waiting = list(enumerate(images[:6]))
+    with pytest.raises(ValueError, match="not one more"):
+        for number, _ in model.each(lambda: take() if len(waiting) > 2 else _refuse()):
+            inside.remove(number)
+    assert len(model.predict([model.prepare(image, PredictParams()) for image in images[:5]])) == 5
+
+
+def _refuse() -> NoReturn:
+    raise ValueError("not one more")
 
 
 def test_openvino_gives_tensors_the_outputs_of_torch(openvino: Made) -> None:
