@@ -1,5 +1,6 @@
 """Environment variables that must stand before Ray is first imported, because Ray reads them then and never again."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ HAPROXY_FILES = {
     "SERVER_STATE_FILE": "server-state",
     "METRICS_SOCKET_PATH": "metrics.sock",
 }
+
+QUIET_PORTS = range(20_000, 30_000)  # above those of Ray's workers, below Serve's replicas' and the ephemeral ones
 
 
 def prepare_environment() -> None:
@@ -76,7 +79,20 @@ def haproxy_binary() -> str | None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at present."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on at present, nor is given who asks the system for any, as Ray's processes do by the dozen.
+
+    One that the system picked was the default of Ray's agent, which then was there first.
+
+    Raises:
+        OSError: ``host`` is no address of this machine.
+    """
+    while True:
+        port = secrets.choice(QUIET_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port

@@ -1,6 +1,7 @@
 """What stands in the environment before Ray is imported."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from actors.errors import BadRequest
-from deploy.environment import HAPROXY_PORTS, free_port, haproxy_binary, use_haproxy
+from deploy.environment import HAPROXY_PORTS, QUIET_PORTS, free_port, haproxy_binary, use_haproxy
 from tests.conftest import until
 
 
@@ -83,3 +84,21 @@ def listening(process: int) -> list[Any]:
     """Its addresses, in the order in which it opened them."""
     connections = psutil.Process(process).net_connections("tcp")
     return [each.laddr for each in sorted(connections, key=lambda each: each.fd) if each.status == psutil.CONN_LISTEN]
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_others_and_is_looked_for_on_own_addresses_only() -> None:
+    ports = {free_port() for _ in range(100)}
+    assert len(ports) > 50 and ports <= set(QUIET_PORTS)
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(QUIET_PORTS) < lowest
+    with pytest.raises(OSError, match="assign"):
+        free_port("192.0.2.77")
+
+
+def test_a_free_port_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, free = free_port(), free_port()
+    offered = iter((taken, free))
+    monkeypatch.setattr("deploy.environment.secrets.choice", lambda ports: next(offered))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", taken))
+        assert free_port() == free
