@@ -35,17 +35,15 @@ MODEL: dict[str, Any] = {
     "replicas": {"min": REPLICAS, "max": REPLICAS, "respread_s": 2},
     "actor": {"num_cpus": 1, "num_gpus": 0.25},
 }
-CONFIG: dict[str, Any] = {
-    "proxy_location": "EveryNode",
-    "http_options": {"host": "0.0.0.0", "port": ENDPOINT},
-    "applications": [
-        {
-            "name": "yolofleet",
-            "import_path": "deploy.app:build_app",
-            "args": {"models": [MODEL], "topology": "routed", "ingresses": 3, "health_check_s": 1},  # an ingress on each host
-        }
-    ],
-}
+BEFORE = MODEL | {"weights": "fake:?slow_ms=6", "replicas": {"min": 6, "max": 6, "respread_s": 2}}
+
+
+def configuration(model: dict[str, Any]) -> dict[str, Any]:
+    """A fleet of it with an ingress on each host."""
+    arguments = {"models": [model], "topology": "routed", "ingresses": 3, "health_check_s": 1}
+    application = {"name": "yolofleet", "import_path": "deploy.app:build_app", "args": arguments}
+    http = {"host": "0.0.0.0", "port": ENDPOINT}
+    return {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
     config = tmp_path_factory.mktemp("config") / "serve.yaml"
-    config.write_text(yaml.safe_dump(CONFIG))
+    config.write_text(yaml.safe_dump(configuration(BEFORE)))
     with cluster_over_hosts() as cluster:
         cluster.join("one")
         cluster.join("two")
@@ -134,30 +132,27 @@ def committed(inputs: Path) -> int:
 
 
 def test_replicas_lie_evenly_over_the_hosts_and_every_host_answers(cluster: Cluster) -> None:
-    until(lambda: is_even(cluster), SPREAD_S)
+    wanted = BEFORE["replicas"]["min"]
+    until(lambda: is_even(cluster, wanted), SPREAD_S)
     for host in cluster.hosts:
         until(lambda host=host: answers(cluster.url(host)))  # type: ignore[misc]
         seen = set[str]()
 
         def all_share(host: str = host, seen: set[str] = seen) -> bool:
             seen.add(ask(cluster.url(host)).headers["x-replica"])
-            return len(seen) == REPLICAS
+            return len(seen) == wanted
 
         until(all_share)  # whoever is asked
 
 
 def test_other_weights_and_another_size_leave_them_even(cluster: Cluster, tmp_path: Path) -> None:
-    """A rollout starts all of them anew, and a larger fleet has an odd number a host in between."""
-    for wanted, weights in ((6, "fake:?slow_ms=6"), (REPLICAS, MODEL["weights"])):
-        model = MODEL | {"weights": weights, "replicas": {"min": wanted, "max": wanted, "respread_s": 2}}
-        application = CONFIG["applications"][0]
-        changed = application | {"args": application["args"] | {"models": [model]}}
-        config = tmp_path / "serve.yaml"
-        config.write_text(yaml.safe_dump(CONFIG | {"applications": [changed]}))
-        with load(cluster.url("head"), callers=2) as told:
-            assert cluster.run("yolofleet", "deploy", str(config)).wait(240) == 0, cluster.log("head").read_text()
-            until(lambda wanted=wanted: is_even(cluster, wanted), SPREAD_S)  # type: ignore[misc]
-        assert told and not list(filter(None, told))
+    """A rollout starts all of them anew, and for a while there is an odd number a host."""
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(configuration(MODEL)))
+    with load(cluster.url("head"), callers=2) as told:
+        assert cluster.run("yolofleet", "deploy", str(config)).wait(240) == 0, cluster.log("head").read_text()
+        until(lambda: is_even(cluster), SPREAD_S)
+    assert told and not list(filter(None, told))
 
 
 def test_a_slow_host_is_slow_and_no_more(cluster: Cluster) -> None:
