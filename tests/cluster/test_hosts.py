@@ -27,7 +27,7 @@ from tests.ray.test_streams import ask as ask_stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(500)]
 
-REPLICAS = 4
+REPLICAS_BEFORE, REPLICAS = 6, 4  # the first rollout
 SPREAD_S = 180  # a replica that moves may be put where it was
 MODEL: dict[str, Any] = {
     "name": "fake",
@@ -35,7 +35,7 @@ MODEL: dict[str, Any] = {
     "replicas": {"min": REPLICAS, "max": REPLICAS, "respread_s": 2},
     "actor": {"num_cpus": 1, "num_gpus": 0.25},
 }
-BEFORE = MODEL | {"weights": "fake:?slow_ms=6", "replicas": {"min": 6, "max": 6, "respread_s": 2}}
+BEFORE = MODEL | {"weights": "fake:?slow_ms=6", "replicas": {"min": REPLICAS_BEFORE, "max": REPLICAS_BEFORE, "respread_s": 2}}
 
 
 def configuration(model: dict[str, Any]) -> dict[str, Any]:
@@ -132,15 +132,14 @@ def committed(inputs: Path) -> int:
 
 
 def test_replicas_lie_evenly_over_the_hosts_and_every_host_answers(cluster: Cluster) -> None:
-    wanted = BEFORE["replicas"]["min"]
-    until(lambda: is_even(cluster, wanted), SPREAD_S)
+    until(lambda: is_even(cluster, REPLICAS_BEFORE), SPREAD_S)
     for host in cluster.hosts:
         until(lambda host=host: answers(cluster.url(host)))  # type: ignore[misc]
         seen = set[str]()
 
         def all_share(host: str = host, seen: set[str] = seen) -> bool:
             seen.add(ask(cluster.url(host)).headers["x-replica"])
-            return len(seen) == wanted
+            return len(seen) == REPLICAS_BEFORE
 
         until(all_share)  # whoever is asked
 
