@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-STILL_S = 5.0  # at a stretch: Ray closes connections of a process that says nothing for 20 s
+STILL_S = 5.0  # at a stretch: who expects an answer of that process, Ray above all, has to get one now and then
 BREATH_S = 0.25  # then it runs as long, so that a node that always has something in hand only slows the job down
 BUSY, FREE = b"1", b"0"
 
@@ -71,7 +71,7 @@ class RightOfWay:
     def _meet(self) -> None:
         """Connect to guardians that are new."""
         for path in self._folder.iterdir():
-            if path.name in self._guardians:
+            if path.name in self._guardians or path.name.startswith("."):
                 continue
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
@@ -106,14 +106,16 @@ def give_way(folder: Path) -> None:
     if sys.platform != "linux":
         return
     path = _meeting_place(folder) / str(os.getpid())
-    path.unlink(missing_ok=True)
+    silent = path.with_name(f".{path.name}")
+    silent.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        listener.bind(str(path))  # at most 107 bytes
+        listener.bind(str(silent))  # at most 107 bytes
     except OSError as error:
         log.warning("%s: this process goes on while replicas compute, in the idle class only (%s)", path, error)
         return
     listener.listen(64)
+    silent.rename(path)  # under this name nobody ever sees it refuse a connection while its guardian lives
     process = os.pidfd_open(os.getpid())
     command = [sys.executable, "-m", __name__, str(listener.fileno()), str(process), str(path)]
     subprocess.Popen(command, pass_fds=(listener.fileno(), process), start_new_session=True)

@@ -50,7 +50,9 @@ Gpus = Annotated[float | None, typer.Option(help="GPU share of each, a fraction 
 Level = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False, help="INFO has a line per request")]
 Format = Annotated[LogFormat, typer.Option("--log-format", help="json for what collects logs")]
 Actors = Annotated[str, typer.Option(metavar="N|MIN:MAX", help="actors, each with a private model; MAX as there is room")]
-Background = Annotated[bool, typer.Option("--background", help="take only CPU time that nothing else wants")]
+Background = Annotated[
+    bool, typer.Option("--background", help="take only CPU time that nothing else wants, none while a replica computes")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="throw away what is committed in --out")]
 Imgsz = Annotated[str | None, typer.Option(help="640, or HEIGHT,WIDTH; the model's own if left out")]
 Iou = Annotated[float, typer.Option(help="highest overlap that suppression leaves")]
