@@ -9,13 +9,13 @@ import json
 import logging
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -121,8 +121,33 @@ def _on_threads(threads: int) -> Iterator[None]:
         backends["openvino"] = partial(OpenVINOStreams, threads=threads)
     if find_spec("onnxruntime"):
         backends["onnx"] = partial(AutoBackend._BACKEND_MAP["onnx"], session_options=_session_options(threads))
-    with _patching, patch.dict(AutoBackend._BACKEND_MAP, backends):
+    runtimes = patch.dict(AutoBackend._BACKEND_MAP, backends)
+    with _patching, runtimes, patch.object(AutoBackend, "warmup", _warm_up_of(AutoBackend)):
         yield
+
+
+def _warm_up_of(auto_backend: Any) -> Callable[..., None]:
+    """``AutoBackend.warmup`` without what it does on a CPU, if that can be spared: it imports torchvision.
+
+    That takes 1.2 s, for PyTorch's compiler. Ultralytics suppresses by ``torchvision.ops.nms`` where torchvision has been
+    imported, else by ``TorchNMS.nms``, which is slower. Behind the first is an operator that a library of 1 ms brings along.
+    """
+    import torch
+    from ultralytics.utils.nms import TorchNMS
+
+    original = auto_backend.warmup
+    torchvision = find_spec("torchvision")  # which does not import it
+    libraries = list(Path(torchvision.origin).parent.glob("_C*")) if torchvision and torchvision.origin else []
+    if len(libraries) != 1:
+        return cast("Callable[..., None]", original)
+    torch.ops.load_library(str(libraries[0]))
+    TorchNMS.nms = staticmethod(torch.ops.torchvision.nms)
+
+    def warm_up(backend: Any, *args: Any, **kwargs: Any) -> None:
+        if backend.device.type != "cpu":
+            original(backend, *args, **kwargs)
+
+    return warm_up
 
 
 def _session_options(threads: int) -> Any:

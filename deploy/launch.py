@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -122,11 +123,24 @@ def start_app(settings: AppSettings, host: str, port: int) -> str:
         _check_port(host, port)
     check_fits([(model.replicas.min, model.actor) for model in settings.models], "--replicas", "replica")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port}, logging_config=for_serve(settings.log))
-    run(build_app(settings))
+    with _starting_serve(host, port, settings.log):
+        run(build_app(settings))
     address = f"http://{'127.0.0.1' if host == ANY_HOST else host}:{port}"
     _check_answers(address)
     return address
+
+
+@contextmanager
+def _starting_serve(host: str, port: int, log: LogSettings) -> Iterator[None]:
+    """Serve, from when it takes applications on; its proxies are ready on leaving, and start while the replicas do."""
+    with ThreadPoolExecutor(1, "serve") as thread:
+        started = thread.submit(serve.start, http_options={"host": host, "port": port}, logging_config=for_serve(log))
+        while not (serve.status().proxies or started.done()):
+            time.sleep(POLL_S)
+        if started.done():
+            started.result()
+        yield
+        started.result()
 
 
 def run(application: Application, name: str = APP_NAME, route: str | None = "/", timeout_s: float = math.inf) -> None:

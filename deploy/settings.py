@@ -137,7 +137,7 @@ class AppSettings(Settings):
     models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
     topology: Topology = "auto"
     ingresses: Annotated[int, Field(ge=1)] = 1
-    health_check_s: Annotated[float, Field(gt=0)] = 2.0
+    health_check_s: Annotated[float, Field(gt=0)] = 1.0
     images: ImageLimits = ImageLimits()
     http: HttpLimits = HttpLimits()
     auth: AuthSettings = AuthSettings()

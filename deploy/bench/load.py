@@ -62,7 +62,7 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """``requests`` leave at random times, ``rate`` a second on average, whatever has been answered. ``seed`` repeats them."""
+    """``requests`` leave at random times, ``rate`` a second, whatever has been answered. ``seed`` repeats the times."""
 
     rate: float
     requests: int
@@ -156,11 +156,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def arrivals(plan: Open) -> Iterator[float]:
-    """Seconds after the start at which each request is due: a Poisson process."""
-    random_, due = random.Random(plan.seed), 0.0  # noqa: S311 - nobody has to be unable to guess it
-    for _ in range(plan.requests):
-        yield due
-        due += random_.expovariate(plan.rate)
+    """Seconds after the start at which each request is due, in order.
+
+    A Poisson process, given that ``requests`` of it fall into the time that they take at ``rate``: each is then anywhere in it
+    (S. Ross, "Stochastic Processes", 1996, theorem 2.3.1). Gaps drawn one by one would at times offer a tenth more or less
+    than the rate that an endpoint's answers are held against.
+    """
+    random_ = random.Random(plan.seed)  # noqa: S311 - nobody has to be unable to guess it
+    yield from sorted(random_.uniform(0, plan.requests / plan.rate) for _ in range(plan.requests))
 
 
 def encode_request(target: Target, image: bytes) -> bytes:

@@ -151,6 +151,29 @@ def test_an_end_to_end_head_gives_tensors_the_same_rows_whatever_an_image_asked_
     assert rows.shape == (2, 300, 6)
 
 
+SUPPRESSION = """
+import sys
+import torch
+from actors.model import YoloModel
+from deploy.weights import EMBEDDED
+YoloModel(EMBEDDED)
+assert "torchvision" not in sys.modules, "its import takes longer than everything else"
+from ultralytics.utils.nms import TorchNMS
+torch.manual_seed(0)
+corners = 100 * torch.rand(500, 2)
+boxes, scores = torch.cat([corners, corners + 50 * torch.rand(500, 2)], 1), torch.rand(500)
+kept = TorchNMS.nms(boxes, scores, 0.5)
+import torchvision
+assert TorchNMS.nms is torch.ops.torchvision.nms and 50 < len(kept) < 500
+assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5))
+"""
+
+
+def test_suppression_is_that_of_torchvision_which_is_not_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", SUPPRESSION], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_tensor_comes_out_as_the_described_shapes(model: YoloModel) -> None:
     assert model.info.output_shapes == ((-1, 8, -1),)
     inputs = np.zeros((2, 3, 64, 96), np.float32)
