@@ -9,16 +9,19 @@ not. A request per image also costs less than one over a batch, whose activation
 the slowest of a batch, nor for others of its own shape.
 
 A form of the model that is compiled for one shape computes up to a fifth cheaper than one with free sides; compiling it costs
-as much as several images, and memory. So free sides answer first, and a shape that comes often gets a form of its own.
+as much as several images, and memory. So free sides answer first, and a shape that comes often gets a form of its own, on a
+thread beside them: no image waits for it.
 
 Plugs into Ultralytics' ``AutoBackend``; letterbox, suppression and scaling stay Ultralytics' own.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from itertools import count, islice
@@ -32,11 +35,13 @@ import torch
 from numpy.typing import NDArray
 from ultralytics.nn.backends import OpenVINOBackend
 
-OFTEN = 64  # images of a shape, after which compiling for it pays: 0.3 s of CPU, for about 5 ms less an image
+EARLY = 8  # images of a shape, after which it gets a form of its own where there is room for one
+OFTEN = 64  # the same where another form has to go for it: compiling takes 0.4 s of CPU, for about 5 ms less an image
 KEPT_SHAPES = 3  # compiled forms, the least recently used goes first: each holds about 70 MB
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 
 Array = NDArray[np.float32]
+Shape = tuple[int, ...]
 Key = TypeVar("Key")
 
 
@@ -52,8 +57,10 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
 
     def __init__(self, weight: str | Path, device: Any, fp16: bool = False, *, threads: int) -> None:
         self._threads = threads
-        self._images = Counter[tuple[int, ...]]()
-        self._shaped: OrderedDict[tuple[int, ...], _Compiled] = OrderedDict()
+        self._images = Counter[Shape]()
+        self._shaped: OrderedDict[Shape, _Compiled] = OrderedDict()
+        self._compiler = ThreadPoolExecutor(1, "compile")
+        self._compiling: tuple[Shape, Future[_Compiled]] | None = None
         super().__init__(weight, torch.device("cpu"), False)
 
     def load_model(self, weight: str | Path) -> None:
@@ -72,6 +79,11 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
     def one_by_one(self) -> bool:
         """Whether images are computed each by itself; an export that has its batch built in takes no fewer."""
         return bool(self._one_by_one)
+
+    @property
+    def own_forms(self) -> list[Shape]:
+        """The shapes (3, h, w) that have been compiled for, the least recently used first."""
+        return list(self._shaped)
 
     def forward(self, im: torch.Tensor) -> list[Array]:
         """The outputs of a batch.
@@ -101,7 +113,7 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
             What the image is known by; its outputs, which last until the next one is asked for; milliseconds since the
             one before was done, or since this one was begun if that was later: over all images, the engine's time.
         """
-        done = SimpleQueue[tuple[int, float]]()
+        lanes = _Lanes(self._threads)
         flying: dict[int, tuple[Key, _Flight]] = {}
         numbers, before = count(), 0.0
         try:
@@ -116,35 +128,50 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
                     yield key, outputs, 1e3 * (before - begun)
                     continue
                 for number, (key, image) in zip(numbers, taken, strict=False):
-                    flying[number] = key, _Flight(self._form(image), number, image, done)
+                    flying[number] = key, _Flight(self._form(image), number, image)
+                    lanes.send(flying[number][1])
                 if not flying:
                     return
-                number, now = done.get()
+                number, now = lanes.next_done()
                 key, flight = flying[number]
                 yield key, flight.outputs(), 1e3 * (now - max(before, flight.begun))
                 flying.pop(number)[1].land()
                 before = now
         finally:
+            lanes.close()
             for _, flight in flying.values():
                 flight.land()
 
     def _form(self, image: Array) -> _Compiled:
-        """What is compiled for such an image, or free sides as long as its shape is rare."""
+        """What is compiled for such an image, or free sides until that is ready, or as long as its shape is rare."""
         shape = image.shape[1:]
+        if self._compiling and self._compiling[1].done():
+            (ready, form), self._compiling = self._compiling, None
+            self._keep(ready, form.result())
         if shape in self._shaped:
             self._shaped.move_to_end(shape)
             return self._shaped[shape]
+        if self._free is None:
+            return self._keep(shape, self._compiled_for(shape))
         self._images[shape] += len(image)
-        rare = not (self._free_sides and self._one_by_one) or self._images[shape] < OFTEN
-        if self._free is not None and rare:
-            return self._free
+        enough = EARLY if len(self._shaped) < KEPT_SHAPES else OFTEN
+        if self._free_sides and self._one_by_one and self._images[shape] >= enough and not self._compiling:
+            self._compiling = shape, self._compiler.submit(self._compiled_for, shape)
+        return self._free
+
+    def _compiled_for(self, shape: Shape) -> _Compiled:
         model = self._core.read_model(self._xml)
         model.reshape([1, *shape])
-        self._shaped[shape] = _Compiled(self._core, model, self._threads)
+        form = _Compiled(self._core, model, self._threads)
+        form.prepare()
+        return form
+
+    def _keep(self, shape: Shape, form: _Compiled) -> _Compiled:
+        self._shaped[shape] = form
         if len(self._shaped) > (KEPT_SHAPES if self._free else KEPT_SHAPES_ALONE):
             gone, _ = self._shaped.popitem(last=False)
             del self._images[gone]
-        return self._shaped[shape]
+        return form
 
 
 def _crashes_with_free_sides(model: openvino.Model) -> bool:
@@ -159,11 +186,17 @@ def _crashes_with_free_sides(model: openvino.Model) -> bool:
 
 
 class _Compiled:
-    """A model compiled for streams of one thread each, and for all threads together: both when they are first needed."""
+    """A model compiled for streams of one thread each, and for all threads together: each when it is first needed."""
 
     def __init__(self, core: openvino.Core, model: openvino.Model, threads: int) -> None:
         self._core, self._model, self._threads = core, model, threads
         self._requests: list[openvino.InferRequest] = []
+
+    def prepare(self) -> None:
+        """Compile now what else the first images would wait for."""
+        _ = self._streams
+        if self._threads > 1:
+            _ = self._together
 
     @cached_property
     def _streams(self) -> openvino.CompiledModel:
@@ -197,13 +230,18 @@ class _Compiled:
 
 
 class _Flight:
-    """One image on its way through a stream; begun with the object, and to be landed before its form or image goes."""
+    """One image on its way through a stream of its form: to be landed before the form or the image goes."""
 
-    def __init__(self, form: _Compiled, number: int, image: Array, done: SimpleQueue[tuple[int, float]]) -> None:
+    def __init__(self, form: _Compiled, number: int, image: Array) -> None:
+        self.number = number
+        self.begun = 0.0
         self._form, self._image, self._request = form, image, form.request()
-        self._request.set_callback(lambda _: done.put((number, time.perf_counter())), None)
+
+    def start(self, on_done: Callable[[int], None]) -> None:
+        """Begin; ``on_done`` is called with its number on a thread of OpenVINO."""
+        self._request.set_callback(lambda _: on_done(self.number), None)
         self.begun = time.perf_counter()
-        self._request.start_async({0: image}, share_inputs=True)
+        self._request.start_async({0: self._image}, share_inputs=True)
 
     def outputs(self) -> list[Array]:
         """When it is done.
@@ -219,3 +257,43 @@ class _Flight:
         with suppress(RuntimeError):  # whoever wants to know has asked for the outputs
             self._request.wait()
         self._form.give_back(self._request)
+
+
+class _Lanes:
+    """No more images under way than there are threads: each form has streams of its own, which start beside the others'.
+
+    The one that waits is started by the end of another, on OpenVINO's thread, so that no core waits for Python's.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self._free = lanes
+        self._waiting: deque[_Flight] = deque()
+        self._done = SimpleQueue[tuple[int, float]]()
+        self._lock = threading.Lock()
+
+    def send(self, flight: _Flight) -> None:
+        """Start it now, or when a lane is free."""
+        with self._lock:
+            if not self._free:
+                self._waiting.append(flight)
+                return
+            self._free -= 1
+        flight.start(self._landed)
+
+    def next_done(self) -> tuple[int, float]:
+        """Wait for the end of any; its number, and when that was."""
+        return self._done.get()
+
+    def close(self) -> None:
+        """Start no other one."""
+        with self._lock:
+            self._waiting.clear()
+
+    def _landed(self, number: int) -> None:
+        now = time.perf_counter()
+        with self._lock:
+            flight = self._waiting.popleft() if self._waiting else None
+            self._free += flight is None
+        if flight:
+            flight.start(self._landed)
+        self._done.put((number, now))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle, islice
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -28,7 +29,7 @@ from deploy.bench import BenchError
 from deploy.bench.machine import circumstances
 
 STAGES = ("decode", "letterbox", "engine", "post", "encode")
-WARM_UP = 16  # images
+WARM_UP = 64  # images at least: an engine prepares for the shapes that come often
 START_TIMEOUT_S = 120.0
 
 
@@ -113,7 +114,7 @@ def measure_limit(model: ModelSettings, images: Sequence[bytes], params: Predict
 
 def _stream(model: ModelSettings, images: Sequence[bytes], params: PredictParams, barrier: Barrier, answers: Any) -> None:
     loaded, limits = settled_model(model, partial(load_model, model, 1)), ImageLimits()
-    _compute(loaded, images[:WARM_UP], params, limits, model.max_batch)
+    _compute(loaded, list(islice(cycle(images), WARM_UP)), params, limits, model.max_batch)
     barrier.wait(START_TIMEOUT_S)
     started, used = time.perf_counter(), time.process_time()
     spent = _compute(loaded, images, params, limits, model.max_batch)

@@ -91,7 +91,7 @@ def _serve_facts(report: Report) -> Iterator[str]:
         limit = report["limit"]["images_per_s"]
         yield f"- The limit of this machine is {limit:.2f} images/s; the endpoint has {most / limit:.2f} of it at its best."
     if report["in_a_loop_ms"]:
-        yield f"- `YOLO.predict` in a loop takes {report['in_a_loop_ms']:.1f} ms an image (median)."
+        yield f"- `YOLO.predict` on the same engine in a loop takes {report['in_a_loop_ms']:.1f} ms an image (median)."
     if report["cpu_ms_beside_engine"] is not None:
         beside = report["cpu_ms_beside_engine"]
         yield f"- CPU per request beside decoding, letterbox, engine and post-processing, 16 callers: {beside:.1f} ms."

@@ -1,7 +1,7 @@
 """``yolofleet bench serve``: the endpoint as a user starts it, under load from outside, with what all its processes take.
 
     limit       one stream a core, everything in memory (deploy/bench/limit.py)
-    in a loop   ``YOLO.predict`` in one process, an image after another (deploy/bench/peers/loop.py)
+    in a loop   ``YOLO.predict`` on the same engine in one process, an image after another (deploy/bench/peers/loop.py)
     endpoint    yolofleet serve ─→ warm-up ─→ idle ─→ Closed: 1, 4, 16, 64 callers, in rounds
                                  ─→ Open: rates up to saturation ─→ a replica is killed: how long until the next answer?
 
@@ -25,10 +25,11 @@ from typing import Any, Self, get_args
 import httpx
 import psutil
 
+from actors.engines import make, plan
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
-from deploy.bench.limit import Limit, measure_limit
+from deploy.bench.limit import WARM_UP, Limit, measure_limit
 from deploy.bench.load import Closed, Load, Open, Target, percentile, run_load
 from deploy.bench.machine import circumstances, compute_in_fp32
 from deploy.bench.processes import Server, running_server
@@ -138,7 +139,7 @@ class ServeReport:
         idle_cores: cores that each role's processes took without any load.
         memory_mb: resident sets of the replicas' processes after the load, and of all processes together (``all``).
         restart_s: from the death of a replica to the next answer.
-        limit: of this machine, on the same engine; ``in_a_loop_ms`` is the median of ``YOLO.predict``, image by image.
+        limit: of this machine, on the same engine; ``in_a_loop_ms`` is the median of ``YOLO.predict`` on it, image by image.
         cpu_ms_beside_engine: CPU milliseconds per request that were neither decoding nor letterbox nor engine, at 16 callers.
         circumstances: machine, versions, commit, command.
     """
@@ -194,8 +195,8 @@ def bench_serve(fleet: Fleet, course: Course, report: Callable[[str], None]) -> 
     encoded = [image.read_bytes() for image in course.images]
     limit = measure_limit(fleet.model, encoded, PredictParams(), os.cpu_count() or 1)
     report(f"limit: {limit.images_per_s:.2f} images/s on {limit.streams} streams, {limit.cpu_ms:.1f} ms of CPU an image")
-    alone = in_a_loop(sys.executable, fleet.model.weights, course.images)
-    report(f"YOLO.predict in a loop: {alone.p50_ms:.1f} ms an image, {alone.images_per_s:.2f} images/s")
+    alone = in_a_loop(sys.executable, _what_computes(fleet.model), course.images)
+    report(f"YOLO.predict in a loop on the same engine: {alone.p50_ms:.1f} ms an image, {alone.images_per_s:.2f} images/s")
     with running_fleet(fleet, course.images[0]) as server:
         engine = settled_engine(server.address)
         report(f"started in {server.start_s:.1f} s; {engine} answers")
@@ -305,9 +306,18 @@ def measure(target: Target, images: Sequence[Path], plan: Closed | Open, server:
     return Level.of(plan, load, server.usage().since(before) if server and before else None)
 
 
+def _what_computes(model: ModelSettings) -> str:
+    """The weights, or the export that a replica makes of them."""
+    wanted = plan(model)
+    if wanted is None or wanted.original:
+        return model.weights
+    made = make(model, wanted)
+    return str(made.path) if made.agrees and made.path else model.weights
+
+
 def _warm_up(target: Target, course: Course, replicas: int) -> None:
-    """Every image for each replica: engines prepare each shape once."""
-    run_load(target, course.images, Closed(4 * replicas, len(course.images) * replicas))
+    """As many images for each replica as the limit has before: an engine prepares for each shape, more so for common ones."""
+    run_load(target, course.images, Closed(4 * replicas, max(WARM_UP, len(course.images)) * replicas))
 
 
 def _idle(server: Server) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import torch
 import ultralytics
 
 from actors import engines
@@ -23,6 +24,7 @@ from actors.errors import ModelError
 from actors.fake_model import FakeModel
 from actors.images import encode_jpeg
 from actors.model import load_model
+from actors.openvino_engine import EARLY, KEPT_SHAPES, OFTEN, OpenVINOStreams
 from actors.schemas import ImageResult, PredictParams
 from actors.settings import ActorSettings, ImageLimits, ModelSettings
 from actors.startup import settled_model, start_detector
@@ -32,6 +34,7 @@ from deploy.demo.guide import same_answer
 from deploy.demo.scene import draw_scene
 from deploy.settings import ServedModel
 from deploy.weights import EMBEDDED
+from tests.conftest import until
 
 AUTO = ServedModel.model_validate(EMBEDDED.model_dump() | {"engine": "auto"})  # as replicas have it
 LIMITS = ImageLimits()
@@ -196,6 +199,26 @@ def test_openvino_goes_on_with_images_of_any_shape_as_they_come(openvino: Made, 
         for number, _ in model.each(lambda: take() if len(waiting) > 2 else _refuse()):
             inside.remove(number)
     assert len(model.predict([model.prepare(image, PredictParams()) for image in images[:5]])) == 5
+
+
+def test_a_common_shape_gets_a_form_of_its_own_and_where_none_is_left_only_a_very_common_one(openvino: Made) -> None:
+    assert openvino.path is not None
+    engine, original = OpenVINOStreams(openvino.path, None, threads=2), load_model(EMBEDDED, 1)
+    random = np.random.default_rng(0)
+
+    def compute(width: int) -> list[int]:
+        image = random.random((1, 3, 64, width), np.float32)
+        (found,), (expected,) = engine.forward(torch.from_numpy(image)), original.infer(image)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
+        return [shape[2] for shape in engine.own_forms]
+
+    assert [compute(64) for _ in range(EARLY)] == [[]] * EARLY
+    until(lambda: compute(64) == [64])
+    for width in (96, 128):
+        until(lambda width=width: width in compute(width))  # type: ignore[misc]
+    assert KEPT_SHAPES == 3
+    assert [compute(160) for _ in range(OFTEN - 1)] == [[64, 96, 128]] * (OFTEN - 1)
+    until(lambda: compute(160) == [96, 128, 160])
 
 
 def _refuse() -> NoReturn:

@@ -277,6 +277,7 @@ ALLOWED = {
         "deploy.bench.serve",
     },
     "deploy.bench.serve": {
+        "actors.engines",
         "actors.schemas",
         "actors.settings",
         "deploy.bench",
