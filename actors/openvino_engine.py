@@ -40,6 +40,7 @@ OFTEN = 64  # the same where another form has to go, and twice as many as that o
 KEPT_SHAPES = 3  # compiled forms: each holds about 70 MB
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 MEMORY = 1024  # images, after which those before count half
+TINY = 128 * 128  # pixels: an image of so few gains nothing, and health checks would get a form of their own
 
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -154,7 +155,7 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
             return self._shaped[shape]
         if self._free is None:
             return self._keep(shape, self._compiled_for(shape))
-        if self._free_sides and self._one_by_one and not self._compiling and self._is_common(shape):
+        if self._free_sides and self._one_by_one and not self._compiling and self._deserves_a_form(shape):
             self._compiling = shape, self._compiler.submit(self._compiled_for, shape)
         return self._free
 
@@ -163,7 +164,9 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         if self._images.total() >= MEMORY:
             self._images = Counter({known: images // 2 for known, images in self._images.items() if images > 1})
 
-    def _is_common(self, shape: Shape) -> bool:
+    def _deserves_a_form(self, shape: Shape) -> bool:
+        if shape[1] * shape[2] <= TINY:
+            return False
         if len(self._shaped) < KEPT_SHAPES:
             return self._images[shape] >= EARLY
         return self._images[shape] >= max(OFTEN, 2 * self._images[self._rarest()])

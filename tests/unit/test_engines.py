@@ -207,20 +207,21 @@ def test_a_common_shape_gets_a_form_of_its_own_and_where_none_is_left_only_a_ver
     random = np.random.default_rng(0)
 
     def compute(width: int) -> list[int]:
-        image = random.random((1, 3, 64, width), np.float32)
+        image = random.random((1, 3, 192, width), np.float32)
         (found,), (expected,) = engine.forward(torch.from_numpy(image)), original.infer(image)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
         return [shape[2] for shape in engine.own_forms]
 
-    assert [compute(64) for _ in range(EARLY)] == [[]] * EARLY
-    until(lambda: compute(64) == [64])
-    for width in (96, 128):
+    assert [compute(64) for _ in range(OFTEN)] == [[]] * OFTEN, "too few pixels to gain anything"
+    assert [compute(96) for _ in range(EARLY)] == [[]] * EARLY
+    until(lambda: compute(96) == [96])
+    for width in (128, 160):
         until(lambda width=width: width in compute(width))  # type: ignore[misc]
     for _ in range(OFTEN):
-        assert len({*compute(64), *compute(128)}) == KEPT_SHAPES
-    assert all(160 not in compute(160) for _ in range(OFTEN - 1))
-    until(lambda: 160 in compute(160))
-    assert compute(64) == [64, 128, 160], "the rarest goes, whenever it was used"
+        assert len({*compute(96), *compute(160)}) == KEPT_SHAPES
+    assert all(192 not in compute(192) for _ in range(OFTEN - 1))
+    until(lambda: 192 in compute(192))
+    assert compute(96) == [96, 160, 192], "the rarest goes, whenever it was used"
 
 
 def _refuse() -> NoReturn:
