@@ -244,18 +244,23 @@ class _Compiled:
 
 
 class _Flight:
-    """One image on its way through a stream of its form: to be landed before the form or the image goes."""
+    """One image on its way through a stream of its form: to be landed before the form or the image goes.
+
+    Raises:
+        RuntimeError: the form takes no such image.
+    """
 
     def __init__(self, form: _Compiled, number: int, image: Array) -> None:
         self.number = number
         self.begun = 0.0
-        self._form, self._image, self._request = form, image, form.request()
+        self._form, self._image, self._request = form, np.ascontiguousarray(image), form.request()
+        self._request.set_input_tensor(openvino.Tensor(self._image, shared_memory=True))  # here, where it may be refused
 
     def start(self, on_done: Callable[[int], None]) -> None:
         """Begin; ``on_done`` is called with its number on a thread of OpenVINO."""
         self._request.set_callback(lambda _: on_done(self.number), None)
         self.begun = time.perf_counter()
-        self._request.start_async({0: self._image}, share_inputs=True)
+        self._request.start_async()
 
     def outputs(self) -> list[Array]:
         """When it is done.
@@ -288,26 +293,26 @@ class _Lanes:
     def send(self, flight: _Flight) -> None:
         """Start it now, or when a lane is free."""
         with self._lock:
-            if not self._free:
+            if self._free:
+                self._free -= 1
+                flight.start(self._landed)
+            else:
                 self._waiting.append(flight)
-                return
-            self._free -= 1
-        flight.start(self._landed)
 
     def next_done(self) -> tuple[int, float]:
         """Wait for the end of any; its number, and when that was."""
         return self._done.get()
 
     def close(self) -> None:
-        """Start no other one."""
+        """Start no other one from now on."""
         with self._lock:
             self._waiting.clear()
 
     def _landed(self, number: int) -> None:
         now = time.perf_counter()
         with self._lock:
-            flight = self._waiting.popleft() if self._waiting else None
-            self._free += flight is None
-        if flight:
-            flight.start(self._landed)
+            if self._waiting:
+                self._waiting.popleft().start(self._landed)
+            else:
+                self._free += 1
         self._done.put((number, now))
