@@ -2,7 +2,7 @@
 
     take ─→ (1, 3, h, w) ─┬─ beside others: on one of as many one-thread streams as there are threads ─┬─→ outputs, each as
      whenever a stream    └─ nothing else is there: all threads on it together ────────────────────────┘   it is computed
-     is about to be free
+     is about to be free     two forms of the model, compiled separately, for free sides or for one shape
 
 Why: threads that share an image wait for each other at every layer, and for whoever else has a core just then; streams do
 not. A request per image also costs less than one over a batch, whose activations leave the caches, and does not wait for
@@ -23,7 +23,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,14 +35,16 @@ from numpy.typing import NDArray
 from ultralytics.nn.backends import OpenVINOBackend
 
 EARLY = 8  # images of a shape, after which it gets a form of its own where there is room for one
-OFTEN = 64  # the same where another form has to go, and twice as many as that one's: 0.4 s of CPU, for 5 ms less an image
-KEPT_SHAPES = 3  # compiled forms: each holds about 70 MB
+OFTEN = 64  # the same where another form has to go, and twice as many as that one's: 0.2 s of CPU, for 5 ms less an image
+KEPT_SHAPES = 3  # for images alone, and as many for images beside others: a form holds about 35 MB
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 MEMORY = 1024  # images, after which those before count half
 TINY = 128 * 128  # pixels: an image of so few gains nothing, and health checks would get a form of their own
 
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
+Use = tuple[Shape, int]
+"""A shape (3, h, w), and the streams that the threads are shared by: 1, all of them on one image, or one each."""
 Key = TypeVar("Key")
 
 
@@ -59,10 +60,11 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
 
     def __init__(self, weight: str | Path, device: Any, fp16: bool = False, *, threads: int) -> None:
         self._threads = threads
-        self._images = Counter[Shape]()
-        self._shaped: dict[Shape, _Compiled] = {}
+        self._images = Counter[Use]()
+        self._free: dict[int, _Compiled] = {}
+        self._shaped: dict[Use, _Compiled] = {}
         self._compiler = ThreadPoolExecutor(1, "compile")
-        self._compiling: tuple[Shape, Future[_Compiled]] | None = None
+        self._compiling: tuple[Use, Future[_Compiled]] | None = None
         super().__init__(weight, torch.device("cpu"), False)
 
     def load_model(self, weight: str | Path) -> None:
@@ -75,7 +77,9 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         shape = model.input().partial_shape
         self._one_by_one = shape[0].is_dynamic or shape[0].get_length() == 1
         self._free_sides = shape[2].is_dynamic and shape[3].is_dynamic
-        self._free = None if _crashes_with_free_sides(model) else _Compiled(self._core, model, self._threads)
+        self._any_shape = not _crashes_with_free_sides(model)
+        if self._any_shape:
+            self._free_form(1)
 
     @property
     def one_by_one(self) -> bool:
@@ -83,8 +87,8 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         return bool(self._one_by_one)
 
     @property
-    def own_forms(self) -> list[Shape]:
-        """The shapes (3, h, w) that have been compiled for."""
+    def own_forms(self) -> list[Use]:
+        """The shapes (3, h, w) that have been compiled for, each with its number of streams."""
         return list(self._shaped)
 
     def forward(self, im: torch.Tensor) -> list[Array]:
@@ -125,12 +129,12 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
                 if len(taken) == 1 and not flying and self._threads > 1:
                     ((key, image),) = taken
                     begun = time.perf_counter()
-                    outputs = self._form(image).together(image)
+                    outputs = self._form(image, 1).compute(image)
                     before = time.perf_counter()
                     yield key, outputs, 1e3 * (before - begun)
                     continue
                 for number, (key, image) in zip(numbers, taken, strict=False):
-                    flying[number] = key, _Flight(self._form(image), number, image)
+                    flying[number] = key, _Flight(self._form(image, self._threads), number, image)
                     lanes.send(flying[number][1])
                 if not flying:
                     return
@@ -144,47 +148,54 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
             for _, flight in flying.values():
                 flight.land()
 
-    def _form(self, image: Array) -> _Compiled:
+    def _form(self, image: Array, streams: int) -> _Compiled:
         """What is compiled for such an image, or free sides until that is ready, or as long as its shape is rare."""
-        shape = image.shape[1:]
-        self._count(shape)
+        use = image.shape[1:], streams
+        self._count(use)
         if self._compiling and self._compiling[1].done():
             (ready, form), self._compiling = self._compiling, None
             self._keep(ready, form.result())
-        if shape in self._shaped:
-            return self._shaped[shape]
-        if self._free is None:
-            return self._keep(shape, self._compiled_for(shape))
-        if self._free_sides and self._one_by_one and not self._compiling and self._deserves_a_form(shape):
-            self._compiling = shape, self._compiler.submit(self._compiled_for, shape)
-        return self._free
+        if use in self._shaped:
+            return self._shaped[use]
+        if not self._any_shape:
+            return self._keep(use, self._compiled_for(use))
+        if self._free_sides and self._one_by_one and not self._compiling and self._deserves_a_form(use):
+            self._compiling = use, self._compiler.submit(self._compiled_for, use)
+        return self._free_form(streams)
 
-    def _count(self, shape: Shape) -> None:
-        self._images[shape] += 1
+    def _count(self, use: Use) -> None:
+        self._images[use] += 1
         if self._images.total() >= MEMORY:
             self._images = Counter({known: images // 2 for known, images in self._images.items() if images > 1})
 
-    def _deserves_a_form(self, shape: Shape) -> bool:
-        if shape[1] * shape[2] <= TINY:
+    def _deserves_a_form(self, use: Use) -> bool:
+        (_, height, width), streams = use
+        if height * width <= TINY:
             return False
-        if len(self._shaped) < KEPT_SHAPES:
-            return self._images[shape] >= EARLY
-        return self._images[shape] >= max(OFTEN, 2 * self._images[self._rarest()])
+        kept = self._kept(streams)
+        if len(kept) < KEPT_SHAPES:
+            return self._images[use] >= EARLY
+        return self._images[use] >= max(OFTEN, 2 * min(self._images[other] for other in kept))
 
-    def _rarest(self) -> Shape:
-        return min(self._shaped, key=lambda shape: self._images[shape])
+    def _kept(self, streams: int) -> list[Use]:
+        return [use for use in self._shaped if use[1] == streams]
 
-    def _compiled_for(self, shape: Shape) -> _Compiled:
+    def _free_form(self, streams: int) -> _Compiled:
+        if streams not in self._free:
+            self._free[streams] = _Compiled(self._core, self._core.read_model(self._xml), streams, self._threads)
+        return self._free[streams]
+
+    def _compiled_for(self, use: Use) -> _Compiled:
+        shape, streams = use
         model = self._core.read_model(self._xml)
         model.reshape([1, *shape])
-        form = _Compiled(self._core, model, self._threads)
-        form.prepare()
-        return form
+        return _Compiled(self._core, model, streams, self._threads)
 
-    def _keep(self, shape: Shape, form: _Compiled) -> _Compiled:
-        if len(self._shaped) >= (KEPT_SHAPES if self._free else KEPT_SHAPES_ALONE):
-            del self._shaped[self._rarest()]
-        self._shaped[shape] = form
+    def _keep(self, use: Use, form: _Compiled) -> _Compiled:
+        kept = self._kept(use[1])
+        if len(kept) >= (KEPT_SHAPES if self._any_shape else KEPT_SHAPES_ALONE):
+            del self._shaped[min(kept, key=lambda other: self._images[other])]
+        self._shaped[use] = form
         return form
 
 
@@ -200,43 +211,28 @@ def _crashes_with_free_sides(model: openvino.Model) -> bool:
 
 
 class _Compiled:
-    """A model compiled for streams of one thread each, and for all threads together: each when it is first needed."""
+    """A model compiled for ``streams`` that share ``threads``."""
 
-    def __init__(self, core: openvino.Core, model: openvino.Model, threads: int) -> None:
-        self._core, self._model, self._threads = core, model, threads
-        self._requests: list[openvino.InferRequest] = []
-
-    def prepare(self) -> None:
-        """Compile now what else the first images would wait for."""
-        _ = self._streams
-        if self._threads > 1:
-            _ = self._together
-
-    @cached_property
-    def _streams(self) -> openvino.CompiledModel:
-        return self._compiled(self._threads)
-
-    @cached_property
-    def _together(self) -> openvino.InferRequest:
-        return self._compiled(1).create_infer_request()
-
-    def _compiled(self, streams: int) -> openvino.CompiledModel:
+    def __init__(self, core: openvino.Core, model: openvino.Model, streams: int, threads: int) -> None:
         properties = {
             "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": self._threads,
+            "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": False,  # every one-thread process would pin itself to the first core
             "INFERENCE_PRECISION_HINT": "f32",  # else bf16, wherever the CPU has it: half the time, and other detections
         }
-        return self._core.compile_model(self._model, "CPU", properties)
+        self._model = core.compile_model(model, "CPU", properties)
+        self._requests: list[openvino.InferRequest] = []
 
-    def together(self, image: Array) -> list[Array]:
+    def compute(self, image: Array) -> list[Array]:
         """The outputs of one image, which the next one overwrites."""
-        self._together.infer({0: image}, share_inputs=True)
-        return [tensor.data for tensor in self._together.output_tensors]
+        request = self.request()
+        request.infer({0: image}, share_inputs=True)
+        self.give_back(request)
+        return [tensor.data for tensor in request.output_tensors]
 
     def request(self) -> openvino.InferRequest:
         """One that is not in use, until it is given back."""
-        return self._requests.pop() if self._requests else self._streams.create_infer_request()
+        return self._requests.pop() if self._requests else self._model.create_infer_request()
 
     def give_back(self, request: openvino.InferRequest) -> None:
         """From now on somebody else may have it."""

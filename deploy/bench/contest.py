@@ -25,7 +25,7 @@ from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
 from deploy.bench.exports import export
-from deploy.bench.limit import measure_limit
+from deploy.bench.limit import WARM_UP, measure_limit
 from deploy.bench.load import Closed, Target, run_load
 from deploy.bench.machine import circumstances, compute_in_fp32
 from deploy.bench.processes import running_server
@@ -278,11 +278,12 @@ def _serve_once(
     with running_server(command, lambda address: post(address + target.url, first, target.file_field), environment) as server:
         side.engine = engine_of(server.address)
         there = Target(server.address + target.url, target.file_field)
-        everything = run_load(there, contest.images, Closed(contest.callers, len(contest.images)), keep_bodies=True)
+        warm_up = Closed(contest.callers, max(WARM_UP, len(contest.images)))
+        everything = run_load(there, contest.images, warm_up, keep_bodies=True)
         if everything.errors:
             raise BenchError(f"It answered the warm-up with {everything.errors}")
         if side.boxes_off is None:
-            side.boxes_off = _off([_counted(count, body) for body in everything.bodies], boxes)
+            side.boxes_off = _off([_counted(count, body) for body in everything.bodies[: len(contest.images)]], boxes)
         level = measure(there, contest.images, Closed(contest.callers, contest.requests), server)
         side.start_s.append(server.start_s)
         side.per_s.append(level.per_s)

@@ -29,7 +29,7 @@ from deploy.bench import BenchError
 from deploy.bench.machine import circumstances
 
 STAGES = ("decode", "letterbox", "engine", "post", "encode")
-WARM_UP = 64  # images at least: an engine prepares for the shapes that come often
+WARM_UP = 128  # images at least: an engine prepares for the shapes that come often
 START_TIMEOUT_S = 120.0
 
 
