@@ -24,7 +24,7 @@ from actors.errors import ModelError
 from actors.fake_model import FakeModel
 from actors.images import encode_jpeg
 from actors.model import load_model
-from actors.openvino_engine import EARLY, KEPT_SHAPES, OFTEN, OpenVINOStreams
+from actors.openvino_engine import EARLY, KEPT_SHAPES, OFTEN, OpenVINOStreams, _Lanes
 from actors.schemas import ImageResult, PredictParams
 from actors.settings import ActorSettings, ImageLimits, ModelSettings
 from actors.startup import settled_model, start_detector
@@ -222,6 +222,27 @@ def test_a_common_shape_gets_a_form_of_its_own_and_where_none_is_left_only_a_ver
     assert all(192 not in compute(192) for _ in range(OFTEN - 1))
     until(lambda: 192 in compute(192))
     assert compute(96) == [96, 160, 192], "the rarest goes, whenever it was used"
+
+
+def test_no_more_images_are_under_way_than_there_are_threads_whatever_their_forms() -> None:
+    under_way: dict[str, Callable[[int], None]] = {}
+
+    class Flight:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def start(self, on_done: Callable[[int], None]) -> None:
+            under_way[self.name] = on_done
+
+    lanes = _Lanes(2)
+    for name in "abcd":
+        lanes.send(Flight(name))  # type: ignore[arg-type]
+    assert [*under_way] == ["a", "b"]
+    under_way.pop("b")(1)
+    assert [*under_way] == ["a", "c"] and lanes.next_done()[0] == 1
+    lanes.close()
+    under_way.pop("a")(0)
+    assert [*under_way] == ["c"], "none is started after the end"
 
 
 def _refuse() -> NoReturn:
