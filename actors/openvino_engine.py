@@ -36,7 +36,7 @@ from ultralytics.nn.backends import OpenVINOBackend
 
 EARLY = 8  # images of a shape, after which it gets a form of its own where there is room for one
 OFTEN = 64  # the same where another form has to go, and twice as many as that one's: 0.2 s of CPU, for 5 ms less an image
-KEPT_SHAPES = 3  # for images alone, and as many for images beside others: a form holds about 35 MB
+KEPT_SHAPES = 3  # for images alone, 55 MB each (yolo26n), and as many for images beside others, 100 MB on two streams
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 MEMORY = 1024  # images, after which those before count half
 TINY = 128 * 128  # pixels: an image of so few gains nothing, and health checks would get a form of their own
