@@ -20,8 +20,9 @@ from typing import Any
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve import Application
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ProxyStatus
 
 from actors.errors import FleetError
 from actors.settings import ActorSettings
@@ -33,6 +34,7 @@ from deploy.settings import APP_NAME, AppSettings, LogSettings
 POLL_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
 ROUTE_TIMEOUT_S = 10.0
+PROXY_TIMEOUT_S = 60.0
 ANY_HOST = "0.0.0.0"  # noqa: S104 - listening everywhere is the user's choice, never the default
 
 
@@ -140,7 +142,14 @@ def _starting_serve(host: str, port: int, log: LogSettings) -> Iterator[None]:
         if started.done():
             started.result()
         yield
-        started.result()
+        try:
+            started.result()
+        except ActorDiedError as died:  # Serve ends a proxy that takes too long, and begins another
+            give_up = time.monotonic() + PROXY_TIMEOUT_S
+            while ProxyStatus.HEALTHY not in serve.status().proxies.values():
+                if time.monotonic() > give_up:
+                    raise LaunchError(f"Serve's proxy does not start at {host}:{port}; Ray's logs say why") from died
+                time.sleep(POLL_S)
 
 
 def run(application: Application, name: str = APP_NAME, route: str | None = "/", timeout_s: float = math.inf) -> None:

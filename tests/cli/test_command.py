@@ -81,6 +81,15 @@ def answers_and_drains(number: signal.Signals) -> None:
         assert process.wait(timeout=90) == 0
 
 
+@pytest.mark.long
+def test_a_proxy_that_serve_ends_for_its_slowness_is_waited_for_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "0.5")  # three times: HAProxy takes longer
+    with serving("--model", "fake=fake:", "--haproxy") as (process, address):
+        assert httpx.post(f"{address}/predict", files={"file": picture()}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=90) == 0
+
+
 def test_key_makes_a_line_with_which_serve_lets_its_key_in(tmp_path: Path) -> None:
     """On the other data plane, which ends with the command that has asked for it."""
     made = run("key", "alice")
