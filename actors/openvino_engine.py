@@ -10,13 +10,14 @@ the slowest of a batch, nor for others of its own shape.
 
 A form of the model that is compiled for one shape computes up to a fifth cheaper than one with free sides; compiling it costs
 as much as several images, and memory. So free sides answer first, and a shape that comes often gets a form of its own, on a
-thread beside them: no image waits for it.
+thread beside them: no image waits for it, but where the sides cannot be left free.
 
 Plugs into Ultralytics' ``AutoBackend``; letterbox, suppression and scaling stay Ultralytics' own.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -25,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,12 +41,16 @@ KEPT_SHAPES = 3  # for images alone, 55 MB each (yolo26n), and as many for image
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 MEMORY = 1024  # images, after which those before count half
 TINY = 128 * 128  # pixels: an image of so few gains nothing, and health checks would get a form of their own
+LOOK_S = 0.5  # for an image that has failed, whose end nobody tells
 
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
 Use = tuple[Shape, int]
-"""A shape (3, h, w), and the streams that the threads are shared by: 1, all of them on one image, or one each."""
+"""A shape (3, h, w) or FREE, and the streams that the threads are shared by: 1, all of them on one image, or one each."""
+FREE: Shape = ()
 Key = TypeVar("Key")
+
+log = logging.getLogger(__name__)
 
 
 class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
@@ -61,8 +66,8 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
     def __init__(self, weight: str | Path, device: Any, fp16: bool = False, *, threads: int) -> None:
         self._threads = threads
         self._images = Counter[Use]()
-        self._free: dict[int, _Compiled] = {}
-        self._shaped: dict[Use, _Compiled] = {}
+        self._forms: dict[Use, _Compiled] = {}
+        self._failed: set[Use] = set()
         self._compiler = ThreadPoolExecutor(1, "compile")
         self._compiling: tuple[Use, Future[_Compiled]] | None = None
         super().__init__(weight, torch.device("cpu"), False)
@@ -79,7 +84,7 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         self._free_sides = shape[2].is_dynamic and shape[3].is_dynamic
         self._any_shape = not _crashes_with_free_sides(model)
         if self._any_shape:
-            self._free_form(1)
+            self._forms[FREE, 1] = self._compiled((FREE, 1))
 
     @property
     def one_by_one(self) -> bool:
@@ -89,7 +94,7 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
     @property
     def own_forms(self) -> list[Use]:
         """The shapes (3, h, w) that have been compiled for, each with its number of streams."""
-        return list(self._shaped)
+        return [use for use in self._forms if use[0] != FREE]
 
     def forward(self, im: torch.Tensor) -> list[Array]:
         """The outputs of a batch.
@@ -152,25 +157,41 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         """What is compiled for such an image, or free sides until that is ready, or as long as its shape is rare."""
         use = image.shape[1:], streams
         self._count(use)
-        if self._compiling and self._compiling[1].done():
-            (ready, form), self._compiling = self._compiling, None
-            self._keep(ready, form.result())
-        if use in self._shaped:
-            return self._shaped[use]
+        self._take_over()
+        if use in self._forms:
+            return self._forms[use]
         if not self._any_shape:
-            return self._keep(use, self._compiled_for(use))
-        if self._free_sides and self._one_by_one and not self._compiling and self._deserves_a_form(use):
-            self._compiling = use, self._compiler.submit(self._compiled_for, use)
-        return self._free_form(streams)
+            return self._keep(use, self._compiled(use))
+        if (FREE, streams) not in self._forms:
+            self._compile((FREE, streams))
+        elif self._deserves_a_form(use):
+            self._compile(use)
+        return self._forms.get((FREE, streams)) or self._forms[FREE, 1]
 
     def _count(self, use: Use) -> None:
         self._images[use] += 1
         if self._images.total() >= MEMORY:
             self._images = Counter({known: images // 2 for known, images in self._images.items() if images > 1})
 
+    def _compile(self, use: Use) -> None:
+        """Begin beside the answers, one at a time."""
+        if not self._compiling and use not in self._failed:
+            self._compiling = use, self._compiler.submit(self._compiled, use)
+
+    def _take_over(self) -> None:
+        """Use what has been compiled meanwhile."""
+        if not self._compiling or not self._compiling[1].done():
+            return
+        (use, compiled), self._compiling = self._compiling, None
+        try:
+            self._keep(use, compiled.result())
+        except RuntimeError:
+            self._failed.add(use)
+            log.exception("OpenVINO cannot compile the model for %s: free sides compute such images", use)
+
     def _deserves_a_form(self, use: Use) -> bool:
         (_, height, width), streams = use
-        if height * width <= TINY:
+        if not (self._free_sides and self._one_by_one) or height * width <= TINY:
             return False
         kept = self._kept(streams)
         if len(kept) < KEPT_SHAPES:
@@ -178,24 +199,20 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
         return self._images[use] >= max(OFTEN, 2 * min(self._images[other] for other in kept))
 
     def _kept(self, streams: int) -> list[Use]:
-        return [use for use in self._shaped if use[1] == streams]
+        return [use for use in self.own_forms if use[1] == streams]
 
-    def _free_form(self, streams: int) -> _Compiled:
-        if streams not in self._free:
-            self._free[streams] = _Compiled(self._core, self._core.read_model(self._xml), streams, self._threads)
-        return self._free[streams]
-
-    def _compiled_for(self, use: Use) -> _Compiled:
+    def _compiled(self, use: Use) -> _Compiled:
         shape, streams = use
         model = self._core.read_model(self._xml)
-        model.reshape([1, *shape])
+        if shape != FREE:
+            model.reshape([1, *shape])
         return _Compiled(self._core, model, streams, self._threads)
 
     def _keep(self, use: Use, form: _Compiled) -> _Compiled:
         kept = self._kept(use[1])
-        if len(kept) >= (KEPT_SHAPES if self._any_shape else KEPT_SHAPES_ALONE):
-            del self._shaped[min(kept, key=lambda other: self._images[other])]
-        self._shaped[use] = form
+        if use[0] != FREE and len(kept) >= (KEPT_SHAPES if self._any_shape else KEPT_SHAPES_ALONE):
+            del self._forms[min(kept, key=lambda other: self._images[other])]
+        self._forms[use] = form
         return form
 
 
@@ -249,14 +266,27 @@ class _Flight:
     def __init__(self, form: _Compiled, number: int, image: Array) -> None:
         self.number = number
         self.begun = 0.0
+        self._error: RuntimeError | None = None
         self._form, self._image, self._request = form, np.ascontiguousarray(image), form.request()
         self._request.set_input_tensor(openvino.Tensor(self._image, shared_memory=True))  # here, where it may be refused
 
     def start(self, on_done: Callable[[int], None]) -> None:
-        """Begin; ``on_done`` is called with its number on a thread of OpenVINO."""
-        self._request.set_callback(lambda _: on_done(self.number), None)
+        """Begin; ``on_done`` is called with its number on a thread of OpenVINO, unless it fails: see ``has_failed``."""
+        number = self.number  # a callback that knew its flight would keep the form for ever
+        self._request.set_callback(lambda _: on_done(number), None)
         self.begun = time.perf_counter()
-        self._request.start_async()
+        try:
+            self._request.start_async()
+        except RuntimeError as error:
+            self._error = error
+
+    def has_failed(self) -> bool:
+        """Whether it has ended without a call: OpenVINO's Python raises what went wrong before that."""
+        try:
+            self._request.wait_for(0)
+        except RuntimeError as error:
+            self._error = error
+        return self._error is not None
 
     def outputs(self) -> list[Array]:
         """When it is done.
@@ -264,6 +294,8 @@ class _Flight:
         Raises:
             RuntimeError: of OpenVINO.
         """
+        if self._error:
+            raise self._error
         self._request.wait()
         return [tensor.data for tensor in self._request.output_tensors]
 
@@ -282,6 +314,7 @@ class _Lanes:
 
     def __init__(self, lanes: int) -> None:
         self._free = lanes
+        self._started: dict[int, _Flight] = {}
         self._waiting: deque[_Flight] = deque()
         self._done = SimpleQueue[tuple[int, float]]()
         self._lock = threading.Lock()
@@ -291,24 +324,37 @@ class _Lanes:
         with self._lock:
             if self._free:
                 self._free -= 1
-                flight.start(self._landed)
+                self._start(flight)
             else:
                 self._waiting.append(flight)
 
     def next_done(self) -> tuple[int, float]:
         """Wait for the end of any; its number, and when that was."""
-        return self._done.get()
+        while True:
+            try:
+                return self._done.get(timeout=LOOK_S)
+            except Empty:
+                with self._lock:
+                    started = list(self._started.values())
+                for flight in started:
+                    if flight.has_failed():
+                        self._landed(flight.number)
 
     def close(self) -> None:
         """Start no other one from now on."""
         with self._lock:
             self._waiting.clear()
 
+    def _start(self, flight: _Flight) -> None:
+        self._started[flight.number] = flight
+        flight.start(self._landed)
+
     def _landed(self, number: int) -> None:
         now = time.perf_counter()
         with self._lock:
+            del self._started[number]
             if self._waiting:
-                self._waiting.popleft().start(self._landed)
+                self._start(self._waiting.popleft())
             else:
                 self._free += 1
         self._done.put((number, now))

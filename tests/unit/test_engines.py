@@ -6,6 +6,7 @@ The embedded model is exported for real, by the process that does so for replica
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -224,25 +225,72 @@ def test_a_common_shape_gets_a_form_of_its_own_and_where_none_is_left_only_a_ver
     assert compute(96) == [96, 160, 192], "the rarest goes, whenever it was used"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_that_fails_while_it_is_computed_raises_and_the_next_ones_are_computed(openvino: Made, threads: int) -> None:
+    """With sides that are no multiples of its stride a YOLO model cannot put its layers together."""
+    assert openvino.path is not None
+    engine = OpenVINOStreams(openvino.path, None, threads=threads)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Caught exception"):
+            engine.forward(torch.zeros(3, 3, 40, 40))
+        assert engine.forward(torch.zeros(3, 3, 64, 64))[0].shape[0] == 3
+
+
+def test_a_form_that_is_replaced_is_gone(openvino: Made) -> None:
+    assert openvino.path is not None
+    engine = OpenVINOStreams(openvino.path, None, threads=2)
+
+    def has_form(width: int) -> bool:
+        engine.forward(torch.zeros(4, 3, 192, width))
+        return ((3, 192, width), 2) in engine.own_forms
+
+    for width in (96, 128, 160):
+        until(lambda width=width: has_form(width))  # type: ignore[misc]
+    forms = [weakref.ref(engine._forms[use]) for use in engine.own_forms]
+    until(lambda: has_form(192))
+    assert [form() for form in forms].count(None) == 1
+
+
+def test_the_first_images_side_by_side_do_not_wait_for_a_compiler_nor_for_what_it_refuses(
+    openvino: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert openvino.path is not None
+    engine, go, asked = OpenVINOStreams(openvino.path, None, threads=2), threading.Event(), list[Any]()
+
+    def compile_slowly(use: Any) -> NoReturn:
+        asked.append(use)
+        assert go.wait(60)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine, "_compiled", compile_slowly)
+    for _ in range(EARLY):
+        assert engine.forward(torch.zeros(4, 3, 192, 96))[0].shape[0] == 4
+    assert asked == [((), 2)]
+    go.set()
+    until(lambda: engine.forward(torch.zeros(4, 3, 192, 96)) and "no memory" in caplog.text)
+    engine.forward(torch.zeros(4, 3, 192, 96))
+    assert asked == [((), 2)], "it is not tried again"
+
+
 def test_no_more_images_are_under_way_than_there_are_threads_whatever_their_forms() -> None:
-    under_way: dict[str, Callable[[int], None]] = {}
+    under_way: dict[int, Callable[[int], None]] = {}
 
     class Flight:
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def __init__(self, number: int) -> None:
+            self.number = number
 
         def start(self, on_done: Callable[[int], None]) -> None:
-            under_way[self.name] = on_done
+            under_way[self.number] = on_done
 
     lanes = _Lanes(2)
-    for name in "abcd":
-        lanes.send(Flight(name))  # type: ignore[arg-type]
-    assert [*under_way] == ["a", "b"]
-    under_way.pop("b")(1)
-    assert [*under_way] == ["a", "c"] and lanes.next_done()[0] == 1
+    for number in range(4):
+        lanes.send(Flight(number))  # type: ignore[arg-type]
+    assert [*under_way] == [0, 1]
+    under_way.pop(1)(1)
+    assert [*under_way] == [0, 2] and lanes.next_done()[0] == 1
     lanes.close()
-    under_way.pop("a")(0)
-    assert [*under_way] == ["c"], "none is started after the end"
+    under_way.pop(0)(0)
+    assert [*under_way] == [2], "none is started after the end"
 
 
 def _refuse() -> NoReturn:
