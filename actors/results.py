@@ -45,8 +45,15 @@ def read_names(root: str | Path) -> dict[int, str]:
 
 
 def as_frame(root: str | Path) -> pd.DataFrame:
-    """A pandas table of all detections: ``uri``, class, confidence, box in pixels and track id."""
-    import pandas as pd
+    """A pandas table of all detections: ``uri``, class, confidence, box in pixels and track id.
+
+    Raises:
+        ModuleNotFoundError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("as_frame needs pandas: pip install 'yolofleet[data]'") from error
 
     found = ([row["uri"], *(item[key] for key in _FLAT)] for row in read_rows(root) for item in row["detections"])
     return pd.DataFrame(found, columns=["uri", *_FLAT])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,12 @@ def test_a_frame_has_one_row_a_detection(ledger: Ledger) -> None:
     assert len(frame) == 5
     assert sorted(frame["name"]) == ["one", "three", "two", "zero", "zero"]
     assert read_names(ledger.storage.root) == NAMES
+
+
+def test_a_frame_without_pandas_says_what_to_install(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"yolofleet\[data\]"):
+        as_frame(ledger.storage.root)
 
 
 def rows_of(*images: tuple[str, tuple[Detection, ...]]) -> list[dict[str, Any]]:
