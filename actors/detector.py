@@ -367,7 +367,8 @@ class Detector:
             item.answer.set_exception(error)
             return
         waited, taken = 1e3 * (started - item.since), 1e3 * (time.perf_counter() - started)
-        item.answer.set_result((outputs, Timing(batch_wait=waited, inference=taken, batch_size=len(item.inputs))))
+        timing = Timing(batch_wait=waited, inference=taken, batch_size=len(item.inputs), engine=taken)
+        item.answer.set_result((outputs, timing))
 
     def _outputs(self, model: Model, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """The engine's outputs over a tensor, in as few passes as the device has memory for."""
@@ -414,7 +415,9 @@ class Detector:
                 if item in leaders:
                     leaders.remove(item)
                     self.on_batch(item.batch_size)
-                _settle(item, replace(result, timing=replace(result.timing, batch_size=item.batch_size)))
+                timing = replace(result.timing, batch_size=item.batch_size)
+                inside_ms = 1e3 * (time.perf_counter() - item.begun) - timing.postprocess
+                _settle(item, replace(result, timing=timing), inside_ms)
         except Exception as error:
             log.warning(
                 "an image failed, and is retried with the %d others in hand: %s", len(inside) + len(outside) - 1, error
@@ -448,7 +451,7 @@ class Detector:
         else:
             self.on_batch(len(batch))
             for item, result in zip(batch, results, strict=True):
-                _settle(item, result)
+                _settle(item, result, len(batch) * (result.timing.preprocess + result.timing.inference))
         while halve and batch:  # what does not fit for its first part either is not tried again for the rest
             part, batch = batch[: self._max_batch], batch[self._max_batch :]
             self._predict(model, part)
@@ -470,8 +473,9 @@ def _still_wanted(batch: Sequence[_Waiting]) -> list[_Waiting]:
     return wanted
 
 
-def _settle(item: _Waiting, result: ImageResult) -> None:
-    timing = replace(result.timing, decode=item.decode_ms, batch_wait=1e3 * (item.begun - item.since))
+def _settle(item: _Waiting, result: ImageResult, engine_ms: float) -> None:
+    waited = 1e3 * (item.begun - item.since)
+    timing = replace(result.timing, decode=item.decode_ms, batch_wait=waited, engine=engine_ms)
     item.answer.set_result(replace(result, timing=timing))
 
 

@@ -118,6 +118,7 @@ class Timing:
         inference: its share of the forward pass.
         postprocess: suppression and scaling.
         batch_size: how many images shared its forward pass.
+        engine: how long it was in the engine: all of its batch's preprocess and inference, or its own beside other images.
     """
 
     queue: float = 0.0
@@ -127,6 +128,7 @@ class Timing:
     inference: float = 0.0
     postprocess: float = 0.0
     batch_size: int = 1
+    engine: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -377,8 +377,7 @@ def _outcome(error: BaseException) -> str:
 def _with_queue(answer: T, total_ms: float) -> T:
     """The answer whose ``queue`` is what of ``total_ms`` its replica does not account for: waiting here and on the way."""
     timing = answer.timing if isinstance(answer, TensorAnswer) else answer.result.timing
-    known = timing.decode + timing.batch_wait + timing.postprocess
-    known += timing.batch_size * (timing.preprocess + timing.inference) if isinstance(answer, Answer) else timing.inference
+    known = timing.decode + timing.batch_wait + timing.engine + timing.postprocess
     timing = replace(timing, queue=max(total_ms - known, 0.0))
     if isinstance(answer, TensorAnswer):
         return replace(answer, timing=timing)

@@ -105,7 +105,7 @@ class RequestTrace:
                 if name == "frames":
                     span.set_attribute("yolofleet.frames", answers)
                 else:
-                    self._record_stages(span, started, timing, whole=name == "infer")
+                    self._record_stages(span, started, timing)
 
         try:
             yield answered
@@ -120,14 +120,13 @@ class RequestTrace:
         finally:
             span.end()
 
-    def _record_stages(self, span: Span, started: int, timing: Timing, *, whole: bool) -> None:
-        """The stages one after the other. An image has its share of the pass in its timing, and waited for all of it."""
-        infer = timing.inference if whole else timing.batch_size * (timing.preprocess + timing.inference)
+    def _record_stages(self, span: Span, started: int, timing: Timing) -> None:
+        """The stages one after the other."""
         stages = {
             "queue": timing.queue,
             "decode": timing.decode,
             "batch-wait": timing.batch_wait,
-            "infer": infer,
+            "infer": timing.engine,
             "post": timing.postprocess,
         }
         parent = set_span_in_context(span, Context())

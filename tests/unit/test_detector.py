@@ -186,6 +186,7 @@ def test_closing_answers_what_was_accepted() -> None:
 
 def test_an_engine_that_computes_image_by_image_takes_any_shapes_at_once_and_whatever_comes() -> None:
     pictures = [picture(width=64 + 16 * (n % 5), blue=n, red=60 + n) for n in range(40)]
+    started = time.perf_counter()
     with detector("one_by_one=1&slow_ms=2", max_batch=4) as fleet:
         sizes = list[int]()
         fleet.on_batch = sizes.append
@@ -198,6 +199,7 @@ def test_an_engine_that_computes_image_by_image_takes_any_shapes_at_once_and_wha
     assert sum(sizes) == 40 and max(sizes) == 4
     assert {result.timing.batch_size for result in results} == set(sizes)
     assert all(result.timing.batch_wait >= 0 and result.timing.decode > 0 for result in results)
+    assert all(2 <= result.timing.engine < 1e3 * (time.perf_counter() - started) for result in results)
 
 
 def test_one_that_fails_in_such_an_engine_fails_alone_wherever_it_is() -> None:
