@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request, UploadFile
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.formparsers import MultiPartParser
 
 from actors.errors import BadRequest
 from actors.schemas import PredictParams
@@ -26,6 +27,7 @@ from deploy.api.fetch import fetch_image, is_url
 
 MAX_FIELD_BYTES = 1 << 30  # of a form field; the body's own limit is BodyLimit's
 MAX_VID_STRIDE = 1000
+MultiPartParser.spool_max_size = 32 << 20  # beyond it each piece is written to a file by another thread: 8 ms for 4 MB
 MULTIPART = "multipart/form-data"  # must be said: FastAPI's schema calls a model of form fields urlencoded, files or not
 
 

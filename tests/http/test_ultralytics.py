@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import httpx
@@ -14,11 +15,14 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from actors.detector import Detector
+from actors.fake_model import FakeModel
 from actors.images import decode_image
 from actors.schemas import Answer, PredictParams, Terms
-from actors.settings import ImageLimits
+from actors.settings import ImageLimits, ModelSettings
 from deploy.api import create_api
 from deploy.api.forms import MAX_VID_STRIDE
+from deploy.settings import HttpLimits
 from tests.conftest import picture, video
 from tests.http.conftest import LIMITS, OneDetectorFleet
 
@@ -39,6 +43,18 @@ def parsed(body: bytes) -> list[dict[str, Any]]:
 def clip(tmp_path: Path) -> bytes:
     """Eleven frames of which each is bluer than the one before."""
     return video(tmp_path / "clip.mp4", frames=11)
+
+
+async def test_the_file_of_a_large_photo_is_not_written_to_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = list[SpooledTemporaryFile[bytes]]()
+    monkeypatch.setattr(SpooledTemporaryFile, "rollover", written.append)
+    detector = Detector(lambda: FakeModel(ModelSettings(name="fake", weights="fake:")), ImageLimits())
+    api = create_api(OneDetectorFleet(detector), HttpLimits())
+    large = picture() + bytes(4_000_000)  # what follows a PNG's end is passed over
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://fleet") as client:
+        answer = await client.post("/predict", files=upload(large))
+    detector.close()
+    assert (answer.status_code, written) == (200, [])
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------
