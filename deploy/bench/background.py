@@ -75,7 +75,13 @@ class BackgroundReport:
 
 
 def bench_background(
-    model: ModelSettings, images: Sequence[Path], share: float, requests: int, rounds: int, report: Callable[[str], None]
+    model: ModelSettings,
+    images: Sequence[Path],
+    share: float,
+    requests: int,
+    rounds: int,
+    cores: int,
+    report: Callable[[str], None],
 ) -> BackgroundReport:
     """Measure the endpoint with and without the job, ``rounds`` times.
 
@@ -85,6 +91,7 @@ def bench_background(
         share: of what the endpoint answers at most, how much is asked of it.
         requests: how many in each half of a round.
         rounds: how often.
+        cores: the job has an actor on each.
         report: called with a line after every measurement.
 
     Raises:
@@ -103,7 +110,7 @@ def bench_background(
             for turn in range(rounds):
                 for with_job in (turn % 2 == 1, turn % 2 == 0):
                     if with_job:
-                        with _job(model, images, Path(scratch) / str(turn)) as drawn:
+                        with _job(model, images, Path(scratch) / str(turn), cores) as drawn:
                             half = _measure(target, images, plan, drawn)
                     else:
                         half = _measure(target, images, plan, None)
@@ -143,7 +150,7 @@ def _measure(target: Target, images: Sequence[Path], plan: Open, drawn: Callable
 
 
 @contextmanager
-def _job(model: ModelSettings, images: Sequence[Path], scratch: Path) -> Iterator[Callable[[], int]]:
+def _job(model: ModelSettings, images: Sequence[Path], scratch: Path, cores: int) -> Iterator[Callable[[], int]]:
     """A job over far more images than it can do, once it is at work; yields how to count what it has done."""
     folder, out = scratch / "in", scratch / "out"
     folder.mkdir(parents=True)
@@ -155,7 +162,7 @@ def _job(model: ModelSettings, images: Sequence[Path], scratch: Path) -> Iterato
             (folder / f"{turn:04d}-{name}").hardlink_to(folder / name)
     command = [sys.executable, "-m", "deploy.cli", "predict", str(folder), "--model", model.weights, "--out", str(out)]
     environment = os.environ | {"RAY_ADDRESS": cluster_address()}
-    command += ["--background", "--annotate", "--actors", str(os.cpu_count() or 1)]
+    command += ["--background", "--annotate", "--actors", str(cores)]
     with (scratch / "log").open("w") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

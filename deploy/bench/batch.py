@@ -10,13 +10,12 @@ The job's rate counts from the first actor that has loaded its model to the last
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -30,7 +29,7 @@ from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.exports import export
 from deploy.bench.limit import measure_limit
-from deploy.bench.machine import circumstances, compute_in_fp32
+from deploy.bench.machine import circumstances, fp32_environment
 from deploy.weights import flags_of
 
 _IN_A_LOOP = """
@@ -50,7 +49,7 @@ class BatchReport:
     """All rounds of a measurement.
 
     Attributes:
-        images: how many each side computed a round.
+        images: how many the job and the loops computed a round; the limit takes as many as it can in its time.
         per_s: side → images/s of every round.
         job_is: side → median over the rounds of the job's rate over that side's.
         loading_s: median seconds from the job's start to its first loaded actor.
@@ -73,7 +72,7 @@ class BatchReport:
 
 
 def bench_batch(
-    model: ModelSettings, images: Sequence[Path], repeat: int, rounds: int, report: Callable[[str], None]
+    model: ModelSettings, images: Sequence[Path], repeat: int, rounds: int, cores: int, report: Callable[[str], None]
 ) -> BatchReport:
     """Measure all three, ``rounds`` times.
 
@@ -82,13 +81,14 @@ def bench_batch(
         images: JPEG files.
         repeat: how often each is taken.
         rounds: how often all three are measured.
+        cores: each has a stream of the limit, and an actor of the job.
         report: called with a line after every measurement.
 
     Raises:
         BenchError: one of them failed.
     """
-    compute_in_fp32()
-    cores, params = os.cpu_count() or 1, PredictParams()
+    params = PredictParams()
+    encoded = [image.read_bytes() for image in images]
     loading: list[float] = []
     stages: dict[str, float] = {}
     job_stages: dict[str, float] = {}
@@ -98,10 +98,9 @@ def bench_batch(
         for turn in range(repeat):
             for number, image in enumerate(images):
                 shutil.copy(image, folder / f"{number:03d}-{turn}.jpg")
-        encoded = [path.read_bytes() for path in sorted(folder.iterdir())]
 
         def limit() -> float:
-            measured = measure_limit(model, encoded[:: max(1, repeat // 2)], params, cores)
+            measured = measure_limit(model, encoded, params, cores)
             stages.update(measured.stage_ms)
             return measured.images_per_s
 
@@ -116,7 +115,7 @@ def bench_batch(
             return float(this_run["images_per_s_loaded"])
 
         def predict(weights: str) -> float:
-            told = _run([sys.executable, "-c", _IN_A_LOOP, weights, str(folder), str(params.conf)])
+            told = _run([sys.executable, "-c", _IN_A_LOOP, weights, str(folder), str(params.conf)], fp32_environment())
             return float(told.splitlines()[-1])  # Ultralytics tells of its loading before
 
         sides: dict[str, Callable[[], float]] = {"limit": limit, "job": job, "predict": partial(predict, model.weights)}
@@ -130,7 +129,7 @@ def bench_batch(
                 rates[name].append(sides[name]())
                 report(f"round {turn + 1} of {rounds}: {name} {rates[name][-1]:.2f} images/s")
     return BatchReport(
-        images=len(encoded),
+        images=len(images) * repeat,
         per_s=rates,
         job_is={name: median(map(truediv, rates["job"], each)) for name, each in rates.items() if name != "job"},
         loading_s=median(loading),
@@ -140,8 +139,8 @@ def bench_batch(
     )
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise BenchError(f"'{' '.join(command[:5])} …' failed: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout

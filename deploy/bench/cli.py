@@ -32,7 +32,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure this machine, and what o
 PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="draw the report")]
 BenchImages = Annotated[Path, typer.Argument(help="a folder of JPEG images")]
 BenchCount = Annotated[int | None, typer.Option(min=1, help="how many of its images; all if left out")]
-BenchRounds = Annotated[int, typer.Option(min=1, help="how often all sides are measured, in rotated order")]
+BenchRounds = Annotated[int, typer.Option(min=1, help="how often all sides are measured")]
 
 
 @bench.command()
@@ -75,12 +75,13 @@ def serve_under_load(
     cpus_per_replica: Cpus = None,
     concurrency: Annotated[str, typer.Option(metavar="N,N…", help="callers of each closed loop")] = "1,4,16,64",
     requests: Annotated[int, typer.Option(min=1, help="of each closed loop; four a caller at least")] = 200,
-    rounds: BenchRounds = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each closed loop is run")] = 3,
     sweep: Annotated[bool, typer.Option(help="after that, rates up to saturation")] = True,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
     """The endpoint under closed and open loads, with what all of its processes take; the limit and YOLO.predict beside it."""
+    from actors.hardware import available_cpus
     from deploy.bench.serve import Course, Fleet, bench_serve, bench_url
 
     with explained():
@@ -91,7 +92,7 @@ def serve_under_load(
         else:
             settings = _benched(model, None, engine, precision, calibrate)
             fleet = Fleet(settings, topology, haproxy, replicas, cpus_per_replica)
-            report = bench_serve(fleet, course, say)
+            report = bench_serve(fleet, course, available_cpus(), say)
         _show(report.as_dict(), json_file, plot_file)
 
 
@@ -109,11 +110,12 @@ def batch(
     plot_file: PlotFile = None,
 ) -> None:
     """The dataset job against this machine's limit and against YOLO.predict in a loop, side by side."""
+    from actors.hardware import available_cpus
     from deploy.bench.batch import bench_batch
 
     with explained():
         settings = _benched(model, batch_size, engine, precision, calibrate)
-        report = bench_batch(settings, _jpegs(source, None), repeat, rounds, say)
+        report = bench_batch(settings, _jpegs(source, None), repeat, rounds, available_cpus(), say)
         _show(report.as_dict(), json_file, plot_file)
 
 
@@ -126,7 +128,10 @@ def peers(
     calibrate: Calibrate = None,
     images: BenchCount = None,
     fleet: Annotated[
-        list[str] | None, typer.Option(metavar="auto|direct|routed[+haproxy]", help="yolofleet's own sides; repeatable")
+        list[str] | None,
+        typer.Option(
+            metavar="auto|direct|routed[+haproxy]", help="yolofleet's own sides; repeatable, the first beside the limit"
+        ),
     ] = None,
     callers: Annotated[int, typer.Option(min=1, help="who ask at the same time")] = 16,
     requests: Annotated[int, typer.Option(min=1, help="of each measurement")] = 200,
@@ -136,6 +141,7 @@ def peers(
     plot_file: PlotFile = None,
 ) -> None:
     """What else one would take, side by side: FastAPI, LitServe, BentoML, Ray Serve, Roboflow, a loop; each made by uv."""
+    from actors.hardware import available_cpus
     from deploy.bench.contest import Contest, bench_peers
     from deploy.bench.serve import Fleet
 
@@ -144,7 +150,7 @@ def peers(
     with explained():
         settings = _benched(model, None, engine, precision, calibrate)
         fleets = {f"yolofleet {flags}": Fleet.from_flag(flags, settings) for flags in fleet or ["auto"]}
-        contest = Contest(settings, _jpegs(source, images), fleets, callers, requests, rounds)
+        contest = Contest(settings, _jpegs(source, images), fleets, available_cpus(), callers, requests, rounds)
         report = bench_peers(contest, say)
         _show(report.as_dict(), json_file, plot_file)
 
@@ -216,10 +222,12 @@ def background(
     json_file: JsonFile = None,
 ) -> None:
     """An endpoint's latency with and without a dataset job beside it that has --background."""
+    from actors.hardware import available_cpus
     from deploy.bench.background import bench_background, render
 
     with explained():
-        report = bench_background(_benched(model, batch_size), _jpegs(source, None), share, requests, rounds, say)
+        settings, images = _benched(model, batch_size), _jpegs(source, None)
+        report = bench_background(settings, images, share, requests, rounds, available_cpus(), say)
     console.print(render(report))
     if json_file:
         json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")

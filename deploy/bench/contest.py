@@ -7,16 +7,19 @@
     every round, in rotated order, one after another:
                       └ start ─→ every image once: warm-up, boxes counted ─→ Closed(callers, requests) ─→ end
 
+The limit of this machine is measured right before the first fleet of its setup or right after it, in turn: the speed of a
+shared machine drifts by more than the tenth that is looked for.
+
 The report says how far a side's boxes are from those of ``YOLO.predict`` on the same file: nobody wins by being wrong. A side
 that cannot run here is kept, with its reason.
 """
 
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +28,9 @@ from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
 from deploy.bench.exports import export
-from deploy.bench.limit import WARM_UP, measure_limit
+from deploy.bench.limit import MEASURED_S, WARM_UP, measure_limit
 from deploy.bench.load import Closed, Target, run_load
-from deploy.bench.machine import circumstances, compute_in_fp32
+from deploy.bench.machine import circumstances, fp32_environment
 from deploy.bench.processes import running_server
 from deploy.bench.serve import Fleet, Level, in_a_loop, measure, post, settled_engine
 
@@ -84,7 +87,8 @@ class Contest:
     Attributes:
         model: ``.pt`` weights, and the engine that yolofleet makes of them.
         images: files that are asked about, in turn.
-        fleets: title → yolofleet as it is started, with this model.
+        fleets: title → yolofleet as it is started, with this model; the first one is held against the limit.
+        cores: the limit has a stream on each.
         callers: how many ask at the same time.
         requests: of each measurement.
         rounds: how often everybody is measured.
@@ -93,6 +97,7 @@ class Contest:
     model: ModelSettings
     images: Sequence[Path]
     fleets: dict[str, Fleet]
+    cores: int
     callers: int = 16
     requests: int = 200
     rounds: int = 3
@@ -169,14 +174,14 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
     Raises:
         BenchError: the weights cannot be exported, or ``YOLO.predict`` itself fails.
     """
-    compute_in_fp32()
     with tempfile.TemporaryDirectory() as scratch:
         weights = _exports(Path(contest.model.weights), Path(scratch), report)
         reference = {key: in_a_loop(sys.executable, str(file), contest.images).boxes for key, file in weights.items()}
-        entries = [*_baselines(contest, weights), *_fleets(contest, weights, reference)]
-        entries += _peers(contest, weights, reference, report)
+        limits, (first, *fleets) = _limits(contest, weights), _fleets(contest, weights, reference)
+        others = chain(*fleets, _loops(contest, weights), _peers(contest, weights, reference, report))
+        groups: list[tuple[_Entry, ...]] = [*zip(limits, first, strict=True), *((entry,) for entry in others)]
         for turn in range(contest.rounds):
-            for entry in entries[turn % len(entries) :] + entries[: turn % len(entries)]:
+            for entry in _in_turn(groups, turn):
                 report(f"round {turn + 1} of {contest.rounds}: {_measured(entry)}")
     return PeersReport(
         callers=contest.callers,
@@ -184,7 +189,7 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
         images=len(contest.images),
         rounds=contest.rounds,
         boxes={key: sum(boxes) for key, boxes in reference.items()},
-        sides=[entry.side for entry in entries],
+        sides=[entry.side for entry in chain(*groups)],
         circumstances=circumstances(),
     )
 
@@ -192,6 +197,13 @@ def bench_peers(contest: Contest, report: Callable[[str], None]) -> PeersReport:
 _SETUPS: tuple[Setup, ...] = ("documented", "same engine")
 Weights = dict[str, Path]  # setup, or "onnx" → what is loaded
 Boxes = dict[str, list[int]]  # of each image, by the same keys
+
+
+def _in_turn(groups: Sequence[tuple[_Entry, ...]], turn: int) -> Iterator[_Entry]:
+    """In this round's order: each round begins with another group, and every other one takes each group from its end."""
+    first = turn % len(groups)
+    for group in (*groups[first:], *groups[:first]):
+        yield from group[:: -1 if turn % 2 else 1]
 
 
 def _measured(entry: _Entry) -> str:
@@ -205,24 +217,30 @@ def _measured(entry: _Entry) -> str:
     return f"{side.title} ({side.setup}): {side.reason or f'{side.per_s[-1]:.2f} images/s'}"
 
 
-def _baselines(contest: Contest, weights: Weights) -> list[_Entry]:
-    """What is no server: the limit of this machine, and a loop."""
+def _limits(contest: Contest, weights: Weights) -> list[_Entry]:
+    """The limit of this machine, in each setup."""
     encoded = [image.read_bytes() for image in contest.images]
-    cores = os.cpu_count() or 1
 
     def limit(side: Side) -> None:
         export = ModelSettings(name="limit", weights=str(weights["same engine"]))
         model = contest.model if side.setup == "documented" else export
-        side.per_s.append(measure_limit(model, encoded, PredictParams(), cores).images_per_s)
+        side.per_s.append(measure_limit(model, encoded, PredictParams(), contest.cores).images_per_s)
+
+    return [_Entry(Side("limit of this machine", setup), limit) for setup in _SETUPS]
+
+
+def _loops(contest: Contest, weights: Weights) -> list[_Entry]:
+    """``YOLO.predict`` without a server, in each setup."""
 
     def loop(side: Side) -> None:
-        side.per_s.append(in_a_loop(sys.executable, str(weights[side.setup]), contest.images).images_per_s)
+        side.per_s.append(in_a_loop(sys.executable, str(weights[side.setup]), contest.images, MEASURED_S).images_per_s)
 
-    entries = [_Entry(Side("limit of this machine", setup), limit) for setup in _SETUPS]
-    return entries + [_Entry(Side("YOLO.predict in a loop", setup), loop) for setup in _SETUPS]
+    return [_Entry(Side("YOLO.predict in a loop", setup), loop) for setup in _SETUPS]
 
 
-def _fleets(contest: Contest, weights: Weights, reference: Boxes) -> list[_Entry]:
+def _fleets(contest: Contest, weights: Weights, reference: Boxes) -> list[list[_Entry]]:
+    """Each fleet, in each setup."""
+
     def entry(title: str, fleet: Fleet, setup: Setup) -> _Entry:
         placed = fleet if setup == "documented" else fleet.on_export(str(weights[setup]))
 
@@ -231,7 +249,7 @@ def _fleets(contest: Contest, weights: Weights, reference: Boxes) -> list[_Entry
 
         return _Entry(Side(title, setup, circumstances()["versions"]["yolofleet"]), run)
 
-    return [entry(title, fleet, setup) for title, fleet in contest.fleets.items() for setup in _SETUPS]
+    return [[entry(title, fleet, setup) for setup in _SETUPS] for title, fleet in contest.fleets.items()]
 
 
 def _peers(contest: Contest, weights: Weights, reference: Boxes, report: Callable[[str], None]) -> list[_Entry]:
@@ -258,7 +276,7 @@ def _peer_run(
     def command(port: int) -> list[str]:
         return [str(python), str(SCRIPTS / peer.script), "--weights", str(weights), "--port", str(port)]
 
-    without_ray = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # ours, of no use to them
+    without_ray = {name: value for name, value in fp32_environment().items() if not name.startswith("RAY_")}  # which are ours
     target = Target(peer.path, peer.file_field)
     return lambda side: _serve_once(side, contest, command, target, peer.count, boxes, environment=without_ray)
 

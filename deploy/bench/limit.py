@@ -3,17 +3,19 @@
     encoded bytes ─ decode ─ letterbox ─ engine ─ post (suppression) ─ encode (rows, Parquet in memory)
                     one process a core, one thread each, all at once; nobody reads, sends or waits
 
-It is measured at the shapes, thresholds and batch size of the job that is compared with it. No job on the same engine can be
+It is measured at the shapes, thresholds and batch size of the job that is compared with it, over the images again and again:
+a shared machine's speed differs from one second to the next by more than what is looked for. No job on the same engine can be
 faster, but by overlapping what one core does with what another is idle for: there is nothing such here.
 """
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from multiprocessing.synchronize import Barrier
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +32,7 @@ from deploy.bench.machine import circumstances
 
 STAGES = ("decode", "letterbox", "engine", "post", "encode")
 WARM_UP = 128  # images at least: an engine prepares for the shapes that come often
+MEASURED_S = 8.0  # at least
 START_TIMEOUT_S = 120.0
 
 
@@ -58,7 +61,7 @@ class LimitReport:
 
     Attributes:
         weights: what was computed.
-        images: how many each stream computed.
+        images: how many there were, each of which every stream computed once at least.
         limits: one for each number of streams.
         circumstances: machine, versions, commit, command.
     """
@@ -88,8 +91,10 @@ def bench_limit(
     return LimitReport(model.weights, len(images), limits, circumstances())
 
 
-def measure_limit(model: ModelSettings, images: Sequence[bytes], params: PredictParams, streams: int) -> Limit:
-    """Compute ``images`` once in each of ``streams`` processes at the same time.
+def measure_limit(
+    model: ModelSettings, images: Sequence[bytes], params: PredictParams, streams: int, seconds: float = MEASURED_S
+) -> Limit:
+    """Compute ``images`` in each of ``streams`` processes at the same time: once, and again in turn for so many seconds.
 
     Raises:
         BenchError: a stream failed or did not start.
@@ -97,7 +102,8 @@ def measure_limit(model: ModelSettings, images: Sequence[bytes], params: Predict
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(streams), context.SimpleQueue()
     processes = [
-        context.Process(target=_stream, args=(model, images, params, barrier, answers), daemon=True) for _ in range(streams)
+        context.Process(target=_stream, args=(model, images, params, seconds, barrier, answers), daemon=True)
+        for _ in range(streams)
     ]
     for process in processes:
         process.start()
@@ -106,25 +112,45 @@ def measure_limit(model: ModelSettings, images: Sequence[bytes], params: Predict
     if any(process.exitcode for process in processes):
         raise BenchError("A stream of the limit failed: its traceback is above")
     spent = [answers.get() for _ in processes]
-    stage_ms = {stage: 1e3 * sum(each[stage] for each in spent) / len(images) / streams for stage in STAGES}
-    cpu_ms = 1e3 * sum(each["cpu"] for each in spent) / len(images) / streams
+    computed = sum(each["images"] for each in spent)
+    stage_ms = {stage: 1e3 * sum(each[stage] for each in spent) / computed for stage in STAGES}
+    cpu_ms = 1e3 * sum(each["cpu"] for each in spent) / computed
     slowest = max(each["all"] for each in spent)
-    return Limit(streams, model.max_batch, streams * len(images) / slowest, stage_ms, cpu_ms)
+    return Limit(streams, model.max_batch, computed / slowest, stage_ms, cpu_ms)
 
 
-def _stream(model: ModelSettings, images: Sequence[bytes], params: PredictParams, barrier: Barrier, answers: Any) -> None:
+def mean_limit(limits: Sequence[Limit]) -> Limit:
+    """What lies between measurements of the same."""
+    return replace(
+        limits[0],
+        images_per_s=mean(limit.images_per_s for limit in limits),
+        stage_ms={stage: mean(limit.stage_ms[stage] for limit in limits) for stage in limits[0].stage_ms},
+        cpu_ms=mean(limit.cpu_ms for limit in limits),
+    )
+
+
+def _stream(
+    model: ModelSettings, images: Sequence[bytes], params: PredictParams, seconds: float, barrier: Barrier, answers: Any
+) -> None:
     loaded, limits = settled_model(model, partial(load_model, model, 1)), ImageLimits()
-    _compute(loaded, list(islice(cycle(images), WARM_UP)), params, limits, model.max_batch)
+    _compute(loaded, islice(cycle(images), WARM_UP), params, limits, model.max_batch)
     barrier.wait(START_TIMEOUT_S)
     started, used = time.perf_counter(), time.process_time()
-    spent = _compute(loaded, images, params, limits, model.max_batch)
-    answers.put(spent | {"all": time.perf_counter() - started, "cpu": time.process_time() - used})
+    spent, computed = _compute(loaded, _again(images, seconds), params, limits, model.max_batch)
+    answers.put(spent | {"images": computed, "all": time.perf_counter() - started, "cpu": time.process_time() - used})
+
+
+def _again(images: Sequence[bytes], seconds: float) -> Iterator[bytes]:
+    """Each of them, and then again in turn until so many seconds have passed since the first."""
+    end = time.perf_counter() + seconds
+    yield from images
+    yield from takewhile(lambda _: time.perf_counter() < end, cycle(images))
 
 
 def _compute(
-    model: Model, images: Sequence[bytes], params: PredictParams, limits: ImageLimits, max_batch: int
-) -> dict[str, float]:
-    """Seconds by stage, in batches of equal shape as a Detector forms them when enough images wait."""
+    model: Model, images: Iterable[bytes], params: PredictParams, limits: ImageLimits, max_batch: int
+) -> tuple[dict[str, float], int]:
+    """Seconds by stage, in batches of equal shape as a Detector forms them when enough images wait; the number of images."""
     spent = dict.fromkeys(STAGES, 0.0)
     buckets: dict[Any, list[Any]] = {}
     rows: list[dict[str, Any]] = []
@@ -143,7 +169,7 @@ def _compute(
     started = time.perf_counter()
     pq.write_table(table(rows), pa.BufferOutputStream(), compression="zstd")
     spent["encode"] += time.perf_counter() - started
-    return spent
+    return spent, len(rows)
 
 
 def _predict(model: Model, batch: Sequence[Any], spent: dict[str, float]) -> list[dict[str, Any]]:

@@ -46,10 +46,11 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def compute_in_fp32() -> None:
-    """Have OpenVINO compute in fp32 in this process and those that it starts, as yolofleet does.
+def fp32_environment() -> dict[str, str]:
+    """This process's environment, but that OpenVINO computes in fp32, as yolofleet does: for whoever is compared with it.
 
     By itself it takes bf16 wherever the CPU has it, in half the time and with other detections: then one would be ahead by a
-    shortcut. Ultralytics' loader has no argument for it; this limits its kernels to those that know no bf16.
+    shortcut. Ultralytics' loader has no argument for it; this limits its kernels to those that know no bf16. They know no AMX
+    either, so that it is not for yolofleet's own processes: they say fp32 to OpenVINO itself, and int8 may take AMX.
     """
-    os.environ["OV_CPU_MAX_ISA"] = "AVX512_CORE_VNNI"
+    return os.environ | {"OV_CPU_MAX_ISA": "AVX512_CORE_VNNI"}

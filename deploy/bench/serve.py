@@ -1,17 +1,18 @@
 """``yolofleet bench serve``: the endpoint as a user starts it, under load from outside, with what all its processes take.
 
-    limit       one stream a core, everything in memory (deploy/bench/limit.py)
     in a loop   ``YOLO.predict`` on the same engine in one process, an image after another (deploy/bench/peers/loop.py)
+    limit       one stream a core, everything in memory (deploy/bench/limit.py)
     endpoint    yolofleet serve ─→ warm-up ─→ idle ─→ Closed: 1, 4, 16, 64 callers, in rounds
                                  ─→ Open: rates up to saturation ─→ a replica is killed: how long until the next answer?
+    limit, in a loop once more
 
-What a request costs beside decoding, letterbox, engine and suppression is its CPU time over all processes less what those
-took in the limit.
+The endpoint is held against the mean of before and after, as a shared machine's speed drifts; not against limits between its
+rounds, since a fleet that idles takes a tenth of a core. What a request costs beside decoding, letterbox, engine and
+suppression is its CPU time over all processes less what those took in the limit.
 """
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Self, get_args
 
 import httpx
@@ -29,9 +30,9 @@ from actors.engines import make, plan
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
-from deploy.bench.limit import WARM_UP, Limit, measure_limit
+from deploy.bench.limit import MEASURED_S, WARM_UP, Limit, mean_limit, measure_limit
 from deploy.bench.load import Closed, Load, Open, Target, percentile, run_load
-from deploy.bench.machine import circumstances, compute_in_fp32
+from deploy.bench.machine import circumstances, fp32_environment
 from deploy.bench.processes import Server, running_server
 from deploy.settings import Topology
 from deploy.weights import flags_of
@@ -139,7 +140,9 @@ class ServeReport:
         idle_cores: cores that each role's processes took without any load.
         memory_mb: resident sets of the replicas' processes after the load, and of all processes together (``all``).
         restart_s: from the death of a replica to the next answer.
-        limit: of this machine, on the same engine; ``in_a_loop_ms`` is the median of ``YOLO.predict`` on it, image by image.
+        limit: of this machine, on the same engine: the mean of before the endpoint and after it.
+        limit_per_s: images/s of the limit before and after.
+        in_a_loop_ms: the median of ``YOLO.predict`` on that engine, image by image; the mean of before and after.
         cpu_ms_beside_engine: CPU milliseconds per request that were neither decoding nor letterbox nor engine, at 16 callers.
         circumstances: machine, versions, commit, command.
     """
@@ -152,6 +155,7 @@ class ServeReport:
     memory_mb: dict[str, list[float]] | None
     restart_s: float | None
     limit: Limit | None
+    limit_per_s: list[float] | None
     in_a_loop_ms: float | None
     cpu_ms_beside_engine: float | None
     circumstances: dict[str, Any]
@@ -180,23 +184,19 @@ class Course:
     sweep: bool = True
 
 
-def bench_serve(fleet: Fleet, course: Course, report: Callable[[str], None]) -> ServeReport:
+def bench_serve(fleet: Fleet, course: Course, cores: int, report: Callable[[str], None]) -> ServeReport:
     """Start the fleet, put it through the course, and compare it with the limit and with ``YOLO.predict`` in a loop.
 
     Args:
         fleet: how it is started.
         course: the loads.
+        cores: the limit has a stream on each.
         report: called with a line after every measurement.
 
     Raises:
         BenchError: the fleet did not start, or one of the measurements could not be made.
     """
-    compute_in_fp32()
-    encoded = [image.read_bytes() for image in course.images]
-    limit = measure_limit(fleet.model, encoded, PredictParams(), os.cpu_count() or 1)
-    report(f"limit: {limit.images_per_s:.2f} images/s on {limit.streams} streams, {limit.cpu_ms:.1f} ms of CPU an image")
-    alone = in_a_loop(sys.executable, _what_computes(fleet.model), course.images)
-    report(f"YOLO.predict in a loop on the same engine: {alone.p50_ms:.1f} ms an image, {alone.images_per_s:.2f} images/s")
+    loops, limits = [_loop(fleet.model, course, report)], [_limit(fleet.model, course, cores, report)]
     with running_fleet(fleet, course.images[0]) as server:
         engine = settled_engine(server.address)
         report(f"started in {server.start_s:.1f} s; {engine} answers")
@@ -208,6 +208,9 @@ def bench_serve(fleet: Fleet, course: Course, report: Callable[[str], None]) -> 
         memory = _memory(server, fleet)
         restart_s = _time_to_restart(server, fleet, course.images[0])
         report(f"a killed replica's next answer came after {restart_s:.1f} s")
+    limits.append(_limit(fleet.model, course, cores, report))
+    loops.append(_loop(fleet.model, course, report))
+    limit = mean_limit(limits)
     beside = [level.total_cpu_ms for level in levels if level.loop == "closed" and level.offered == 16 and level.total_cpu_ms]
     return ServeReport(
         fleet=asdict(fleet) | {"model": fleet.model.model_dump()},
@@ -218,7 +221,8 @@ def bench_serve(fleet: Fleet, course: Course, report: Callable[[str], None]) -> 
         memory_mb=memory,
         restart_s=restart_s,
         limit=limit,
-        in_a_loop_ms=alone.p50_ms,
+        limit_per_s=[each.images_per_s for each in limits],
+        in_a_loop_ms=mean(loop.p50_ms for loop in loops),
         cpu_ms_beside_engine=median(beside) - limit.cpu_ms if beside else None,
         circumstances=circumstances(),
     )
@@ -238,7 +242,7 @@ def bench_url(url: str, course: Course, report: Callable[[str], None]) -> ServeR
     target = Target(url)
     _warm_up(target, course, 1)
     levels = _run(target, course, None, report)
-    return ServeReport({"url": url}, None, levels, None, None, None, None, None, None, None, circumstances())
+    return ServeReport({"url": url}, None, levels, None, None, None, None, None, None, None, None, circumstances())
 
 
 @contextmanager
@@ -281,18 +285,25 @@ class InALoop:
     boxes: list[int]
 
 
-def in_a_loop(python: str, weights: str, images: Sequence[Path]) -> InALoop:
-    """Run it with the interpreter ``python``, in whose environment Ultralytics is; decoding counts, reading does not.
+def in_a_loop(python: str, weights: str, images: Sequence[Path], seconds: float = 0.0) -> InALoop:
+    """Run it over all images, and all of them again until they have taken so long; decoding counts, reading does not.
+
+    Args:
+        python: the interpreter, in whose environment Ultralytics is.
+        weights: whatever ``YOLO`` loads.
+        images: files.
+        seconds: at least.
 
     Raises:
         BenchError: it failed.
     """
-    command = [python, str(LOOP), "--weights", weights, *(str(image.absolute()) for image in images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [python, str(LOOP), "--weights", weights, "--seconds", str(seconds)]
+    command += [str(image.absolute()) for image in images]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=fp32_environment())
     if done.returncode:
         raise BenchError(f"YOLO.predict in a loop failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     told = json.loads(done.stdout.splitlines()[-1])
-    return InALoop(1e3 * len(images) / sum(told["ms"]), percentile(told["ms"], 50), told["boxes"])
+    return InALoop(1e3 * len(told["ms"]) / sum(told["ms"]), percentile(told["ms"], 50), told["boxes"])
 
 
 def measure(target: Target, images: Sequence[Path], plan: Closed | Open, server: Server | None) -> Level:
@@ -304,6 +315,18 @@ def measure(target: Target, images: Sequence[Path], plan: Closed | Open, server:
     before = server and server.usage()
     load = run_load(target, images, plan)
     return Level.of(plan, load, server.usage().since(before) if server and before else None)
+
+
+def _limit(model: ModelSettings, course: Course, cores: int, report: Callable[[str], None]) -> Limit:
+    limit = measure_limit(model, [image.read_bytes() for image in course.images], PredictParams(), cores)
+    report(f"limit: {limit.images_per_s:.2f} images/s on {limit.streams} streams, {limit.cpu_ms:.1f} ms of CPU an image")
+    return limit
+
+
+def _loop(model: ModelSettings, course: Course, report: Callable[[str], None]) -> InALoop:
+    loop = in_a_loop(sys.executable, _what_computes(model), course.images, MEASURED_S)
+    report(f"YOLO.predict in a loop on the same engine: {loop.p50_ms:.1f} ms an image, {loop.images_per_s:.2f} images/s")
+    return loop
 
 
 def _what_computes(model: ModelSettings) -> str:

@@ -33,7 +33,7 @@ from actors.settings import ActorSettings, ImageLimits, ModelSettings
 from actors.startup import settled_detector
 from deploy.bench import BenchError
 from deploy.bench.load import percentile
-from deploy.bench.machine import circumstances
+from deploy.bench.machine import circumstances, fp32_environment
 
 WARM_UP = 2  # batches
 START_TIMEOUT_S = 1800.0  # an engine may have to be made first
@@ -192,7 +192,7 @@ def predict_in_a_loop(model: ModelSettings, images: Sequence[Path], imgsz: int, 
         BenchError: it failed.
     """
     command = [sys.executable, "-c", _IN_A_LOOP, model.weights, str(imgsz), str(seconds), *map(str, images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=fp32_environment())
     if done.returncode:
         raise BenchError(f"YOLO.predict in a loop failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return float(json.loads(done.stdout))

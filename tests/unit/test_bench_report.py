@@ -27,7 +27,7 @@ REPORTS: dict[str, Any] = {
     "limit": LimitReport("m.pt", 20, LIMITS, circumstances()),
     "serve": ServeReport(
         {"topology": "direct"}, "openvino fp32", LEVELS, 11.0, {"proxy": 0.02}, {"replicas": [500.0], "all": [2000.0]},
-        5.0, LIMITS[1], 99.5, 12.5, circumstances(),
+        5.0, LIMITS[1], [17.0, 19.0], 99.5, 12.5, circumstances(),
     ),
     "batch": BatchReport(
         40, {"limit": [18, 20], "job": [17, 18], "predict": [9, 10]}, {"limit": 0.92, "predict": 1.84}, 4.5,
@@ -36,6 +36,8 @@ REPORTS: dict[str, Any] = {
     "peers": PeersReport(
         16, 4, 3, 2, {"documented": 10, "same engine": 10},
         [
+            Side("limit of this machine", "same engine", per_s=[25.0, 15.0]),
+            Side("yolofleet first", "same engine", "0.1.0", "openvino", [20.0, 15.0], LEVELS[:2], [9.0, 9.0], [2e3, 2e3], 0.0),
             Side("yolofleet auto", "same engine", "0.1.0", "openvino", [20.0, 30.0], LEVELS[:2], [9.0, 9.0], [2e3, 2e3], 0.0),
             Side("LitServe", "same engine", "0.2.19", None, [10.0, 10.0], LEVELS[:2], [5.0, 5.0], [900.0, 900.0], 0.02),
             Side("Hasty", "same engine", "1.0", None, [90.0, 90.0], LEVELS[:2], [5.0, 5.0], [900.0, 900.0], 0.5),
@@ -65,7 +67,12 @@ def test_rounds_of_a_load_share_a_line() -> None:
     text = markdown(REPORTS["serve"].as_dict())
     assert rows(text)["16 callers"] == ["7.00", "110", "130", "130", "105.0", "1"]  # per second, p50, p95, p99, CPU, errors
     assert rows(text)["5.0/s offered"] == ["3.00", "95", "99", "99", "", "0"]
-    assert "18.00 images/s; the endpoint has 0.39 of it" in text
+    assert "18.00 images/s (17.00 before and 19.00 after the endpoint); the endpoint has 0.39 of it" in text
+
+
+def test_a_report_of_one_limit_only_can_still_be_read() -> None:
+    report = {name: value for name, value in REPORTS["serve"].as_dict().items() if name != "limit_per_s"}
+    assert "18.00 images/s; the endpoint has 0.39 of it" in markdown(report)
 
 
 def test_yolofleet_is_compared_within_each_round() -> None:
@@ -74,6 +81,12 @@ def test_yolofleet_is_compared_within_each_round() -> None:
     assert [*rows(text)].index("Hasty, 1 errors, **wrong boxes**") > [*rows(text)].index("LitServe, 1 errors")
     assert rows(text)["Hasty, 1 errors, **wrong boxes**"][-1] == ""  # nobody wins by being wrong
     assert "Roboflow inference was not measured: there is no ONNX export" in text
+
+
+def test_the_limit_is_compared_with_the_fleet_beside_it() -> None:
+    assert (
+        rows(markdown(REPORTS["peers"].as_dict()))["limit of this machine"][-1] == "0.90 times it"
+    )  # the first, not the best
 
 
 def test_the_command_shows_a_report_and_refuses_what_is_none(tmp_path: Path) -> None:

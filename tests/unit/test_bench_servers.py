@@ -1,10 +1,8 @@
 """What bench does around servers: starts and ends them, counts what their processes take, makes environments for them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import httpx
 import psutil
@@ -13,7 +11,7 @@ import pytest
 from actors.settings import ModelSettings
 from deploy.bench import BenchError
 from deploy.bench.environments import installed_in, python_of
-from deploy.bench.machine import compute_in_fp32
+from deploy.bench.machine import fp32_environment
 from deploy.bench.processes import Usage, role_of, running_server
 from deploy.bench.serve import Fleet
 
@@ -115,7 +113,6 @@ print(openvino.Core().compile_model(model, "CPU").get_property("INFERENCE_PRECIS
 
 
 def test_other_servers_have_openvino_compute_in_fp32_as_yolofleet_does() -> None:
-    with patch.dict(os.environ):
-        compute_in_fp32()
-        done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=fp32_environment())
     assert done.stdout.strip() == "f32"
