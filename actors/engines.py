@@ -54,11 +54,13 @@ PACKAGES = (
     "torch",
     "openvino",
     "nncf",
+    "onnx",
+    "onnxslim",
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",
 )
-OWN_CODE = ("exporter", "verify", "predictor", "openvino_engine")
+OWN_CODE = ("exporter", "verify", "evaluate", "images", "model", "predictor", "openvino_engine")
 MANIFEST = "manifest.json"
 CACHE_VARIABLE = "YOLOFLEET_CACHE_DIR"
 EXPORT_TIMEOUT_S = 3600.0  # building for TensorRT takes minutes, fitting to int8 a pass over its images
@@ -161,7 +163,7 @@ def made(settings: ModelSettings, wanted: Plan) -> Made | None:
     Raises:
         ModelError: there are no such weights.
     """
-    return _read(wanted, cache_folder() / _key(settings, wanted))
+    return _read(wanted, cache_folder() / _key(settings, wanted, hash_weights(Path(settings.weights))))
 
 
 def make(settings: ModelSettings, wanted: Plan, *, background: bool = False) -> Made:
@@ -175,11 +177,13 @@ def make(settings: ModelSettings, wanted: Plan, *, background: bool = False) -> 
     Raises:
         ModelError: it cannot be exported, or the cache cannot be written to.
     """
-    root, key = cache_folder(), _key(settings, wanted)
+    sha256 = hash_weights(Path(settings.weights))
+    root, key = cache_folder(), _key(settings, wanted, sha256)
+    pinned = settings if settings.sha256 else settings.model_copy(update={"sha256": sha256})
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{key}.lock"):
-            return _read(wanted, root / key) or _export(settings, wanted, root / key, background)
+            return _read(wanted, root / key) or _export(pinned, wanted, root / key, background)
     except OSError as error:
         raise ModelError(
             f"Engines cannot be kept in {root} ({error}): set {CACHE_VARIABLE} to a folder that can be written"
@@ -194,8 +198,13 @@ def cache_folder() -> Path:
 
 
 def _export(settings: ModelSettings, wanted: Plan, folder: Path, background: bool) -> Made:
-    """Make the engine in a folder of another name, by another process, and let it appear whole."""
+    """Make the engine in a folder of another name, by another process, and let it appear whole.
+
+    The settings pin the weights whose key names ``folder``: others that replace them meanwhile are refused.
+    """
     _sweep(folder.parent)
+    if folder.exists():  # what an interrupted removal or a power loss has left
+        shutil.rmtree(folder)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     scratch.mkdir()
     order = {
@@ -226,10 +235,11 @@ def _export(settings: ModelSettings, wanted: Plan, folder: Path, background: boo
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()
             log.info("the process that made it said: %s", "\n".join(said))
             raise ModelError(f"{wanted.engine} {wanted.precision} could not be made: {said[-1] if said else done.returncode}")
+        _to_disk(scratch)
         try:
             scratch.rename(folder)
         except OSError:
-            if not (folder / MANIFEST).is_file():  # else another machine, which shares the folder, was first
+            if not _read(wanted, folder):  # else another machine, which shares the folder, was first
                 raise
     except subprocess.TimeoutExpired as error:
         raise ModelError(f"{wanted.engine} {wanted.precision} was not made in {EXPORT_TIMEOUT_S:g} s") from error
@@ -242,12 +252,24 @@ def _export(settings: ModelSettings, wanted: Plan, folder: Path, background: boo
 
 
 def _read(wanted: Plan, folder: Path) -> Made | None:
+    """What the folder's manifest tells; None if it is missing or cut off, or its export is gone."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+        path = folder / manifest["file"] if manifest["file"] else None
+        found = Made(wanted, path, manifest["agrees"], manifest["verdict"], manifest["numbers"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    path = folder / manifest["file"] if manifest["file"] else None
-    return Made(wanted, path, manifest["agrees"], manifest["verdict"], manifest["numbers"])
+    return found if path is None or path.exists() else None
+
+
+def _to_disk(folder: Path) -> None:
+    """Have all of it written, so that a power loss after its renaming leaves nothing empty."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _sweep(root: Path) -> None:
@@ -257,10 +279,10 @@ def _sweep(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(settings: ModelSettings, wanted: Plan) -> str:
+def _key(settings: ModelSettings, wanted: Plan, sha256: str) -> str:
     """The name of an engine's folder: all that decides what it computes and whether that was found to agree."""
     made_of = {
-        "weights": hash_weights(Path(settings.weights)),
+        "weights": sha256,
         "sides": "free",
         "batch": settings.max_batch if wanted.engine == "tensorrt" else None,
         "calibration": digest_of_folder(Path(settings.calibrate)) if settings.calibrate else None,
@@ -273,14 +295,19 @@ def _key(settings: ModelSettings, wanted: Plan) -> str:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """What stands for the images that int8 is fitted to: their names, sizes and times of change.
+    """What stands for the images that int8 is fitted to and their labels: names, sizes and times of change.
+
+    The labels are where ``evaluate.yolo_labels`` looks for them: in the folder itself, or in ``labels`` beside ``images``.
 
     Raises:
         ModelError: there is no such folder.
     """
     if not folder.is_dir():
         raise ModelError(f"There is no folder {folder}: give 'calibrate' a folder of images")
-    states = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    head, images, tail = f"{folder}/".rpartition("/images/")
+    labels = sorted(Path(f"{head}/labels/{tail}").rglob("*.txt")) if images else []
+    files = (path for path in (*sorted(folder.rglob("*")), *labels) if path.is_file())
+    states = [(os.path.relpath(path, folder), path.stat()) for path in files]
     return hashlib.sha256(json.dumps([(name, at.st_size, at.st_mtime_ns) for name, at in states]).encode()).hexdigest()
 
 

@@ -37,6 +37,7 @@ CALIBRATION_IMAGES = 300  # as many as Ultralytics recommends
 SCORED_IMAGES = 128
 SCORE_CONF = 0.001  # as YOLO.val has it
 MAX_LOSS = 0.05  # of mAP50-95: beyond it the quantization has failed, rather than cost something
+SEED = 0  # of the order of the calibration images, on which the fit depends: by itself torch takes another in each process
 OWN_CONF = 0.25  # from which on the original's detections stand for labels, where there are none
 
 Image = NDArray[np.uint8]
@@ -72,9 +73,12 @@ def make(settings: ModelSettings, plan: Plan, folder: Path) -> None:
 
 def _export(model: YoloModel, settings: ModelSettings, plan: Plan, folder: Path, calibration: Sequence[Path]) -> str:
     """Export into ``folder``; returns the name there."""
+    from ultralytics.utils.torch_utils import init_seeds
+
     weights = folder / "model.pt"
     weights.symlink_to(Path(settings.weights).resolve())
     data = _dataset(model, folder, calibration) if plan.precision == "int8" else None
+    init_seeds(SEED)
     path = exported(
         weights,
         engine=plan.engine,

@@ -288,7 +288,8 @@ class YoloModel:
 
     def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the raw outputs, -1 where they differ between two sizes of the input."""
-        sizes = ((64, 64), (128, 96)) if self._flexible else (self._imgsz,)
+        unit = max(self._info.stride, 32)  # an exported classifier says 1
+        sizes = ((2 * unit, 2 * unit), (4 * unit, 3 * unit)) if self._flexible else (self._imgsz,)
         first, *others = ([out.shape for out in self.infer(np.zeros((1, 3, *size), np.float32))] for size in sizes)
         for other in others:
             first = [_where_equal(one, two) for one, two in zip(first, other, strict=True)]

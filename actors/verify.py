@@ -3,13 +3,14 @@
     images ─┬─ rectangular ─┐                 ┌─ detections: matched one to one, both ways ─┐
             └─ square ──────┴─ both models ───┴─ raw outputs, where the precision is fp32 ──┴─→ Verdict
 
-A detection agrees with one of the same class whose box overlaps it by IoU ≥ 0.95 and whose confidence is near; at fp32 the
-box's corners and the skeleton's points have to be near as well. Two images of one shape go through the engine together, as
-batches do.
+A detection agrees with one of the same class whose confidence is near and whose box overlaps it by IoU ≥ 0.95, its mask by
+IoU ≥ 0.85. The corners of an oriented box and the points of a skeleton have to be near: at fp32 within half a pixel, as then
+a box's corners too; at fp16 within 2.5 % of the oriented box's shorter side, and of the longer side of the skeleton's box.
+Two images of one shape go through the engine together, as batches do.
 
 What counts as a detection is the first of ``CONFIDENCES`` at which the original finds enough: a model for other things than
-are in these images finds them there too, only with less confidence. What no detection shows (masks, a model that finds
-nothing at all) the raw outputs do.
+are in these images finds them there too, only with less confidence. What no detection shows (a model that finds nothing at
+all) the raw outputs do.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.model import Model
-from actors.schemas import Detection, ImageResult, PredictParams
+from actors.schemas import Detection, ImageResult, Points, PredictParams
 
 CONFIDENCES = (0.25, 0.05, 0.01, 0.002)
 ENOUGH = 20  # detections, over all images
 SHARE = 0.99  # of the detections have to agree
 MIN_IOU = 0.95
+MIN_MASK_IOU = 0.85  # in 16 bits a good mask of 100 pixels came to 0.87: its edge moves by pixels of a coarse raster
+GRID = 64  # points a side that a mask is counted at
+MAX_SHIFT = 0.025  # of a side: what an IoU of 0.95 leaves to a box that has moved along it
 
 Image = NDArray[np.uint8]
 
@@ -38,7 +42,7 @@ class Tolerance:
 
     Attributes:
         confidence: of a detection.
-        pixels: of a corner or a point; None where IoU alone decides.
+        pixels: of a corner or a point; None where the size of the box decides.
         raw: of a raw output, as a share of its largest value; None where they are not compared.
     """
 
@@ -136,18 +140,31 @@ def _agreeing(before: ImageResult, after: ImageResult, confidence: float, tolera
 def _like(one: Detection, other: Detection, tolerance: Tolerance) -> bool:
     if one.class_id != other.class_id or abs(one.confidence - other.confidence) > tolerance.confidence:
         return False
-    mine, theirs = _points(one), _points(other)
-    if one.box is not None and other.box is not None and _iou(one.box, other.box) < MIN_IOU:
+    if one.box and other.box and _iou(one.box, other.box) < MIN_IOU:
         return False
-    return tolerance.pixels is None or not mine.size or bool(np.abs(mine - theirs).max() <= tolerance.pixels)
+    if one.segments and other.segments and _mask_iou(one.segments, other.segments) < MIN_MASK_IOU:
+        return False
+    mine, theirs = (_points(detection, box=tolerance.pixels is not None) for detection in (one, other))
+    within = MAX_SHIFT * _side(one) if tolerance.pixels is None else tolerance.pixels
+    turns = range(4 if one.corners else 1)  # any corner of an oriented box that is nearly square may come first
+    return not mine.size or any(np.abs(mine - np.roll(theirs, turn, axis=0)).max() <= within for turn in turns)
 
 
-def _points(detection: Detection) -> NDArray[np.float64]:
-    """Everything of a detection that has a place, (N, 2); corners of oriented boxes in the order that they come in."""
-    box = [detection.box[:2], detection.box[2:]] if detection.box else []
+def _points(detection: Detection, *, box: bool) -> NDArray[np.float64]:
+    """Everything of a detection that has a place, (N, 2); of an upright box only if that is asked for."""
+    upright = [detection.box[:2], detection.box[2:]] if box and detection.box else []
     corners = list(zip(detection.corners.x, detection.corners.y, strict=True)) if detection.corners else []
     skeleton = list(zip(detection.keypoints.x, detection.keypoints.y, strict=True)) if detection.keypoints else []
-    return np.array([*box, *corners, *skeleton], np.float64).reshape(-1, 2)
+    return np.array([*upright, *corners, *skeleton], np.float64).reshape(-1, 2)
+
+
+def _side(detection: Detection) -> float:
+    """The shorter one of an oriented box, the longer one of an upright box."""
+    if detection.corners:
+        first, second, third = np.column_stack((detection.corners.x, detection.corners.y))[:3]
+        return float(min(np.linalg.norm(second - first), np.linalg.norm(third - second)))
+    left, top, right, bottom = detection.box or (0.0, 0.0, 0.0, 0.0)
+    return max(right - left, bottom - top)
 
 
 def _iou(one: tuple[float, ...], other: tuple[float, ...]) -> float:
@@ -158,9 +175,32 @@ def _iou(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     return shared / (both - shared) if both > shared else 1.0
 
 
+def _mask_iou(one: Points, other: Points) -> float:
+    """IoU of what two outlines enclose, counted at the points of a grid over both."""
+    if not (one.x and other.x):
+        return float(one.x == other.x)
+    outlines = [np.column_stack((points.x, points.y)) for points in (one, other)]
+    places = np.concatenate(outlines)
+    steps = (np.arange(GRID) + 0.5) / GRID
+    columns, rows = (start + length * steps for start, length in zip(places.min(axis=0), np.ptp(places, axis=0), strict=True))
+    mine, theirs = (_enclosed(outline, columns, rows) for outline in outlines)
+    both = np.count_nonzero(mine | theirs)
+    return np.count_nonzero(mine & theirs) / both if both else 1.0
+
+
+def _enclosed(outline: NDArray[np.float64], columns: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which points of a grid an outline goes around, (rows, columns): those with an odd number of crossings to their left."""
+    inside = np.zeros((len(rows), len(columns)), np.bool_)
+    for (x, y), (to_x, to_y) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
+        crossed = (y > rows) != (to_y > rows)
+        inside[crossed] ^= x + (rows[crossed, None] - y) * (to_x - x) / (to_y - y) < columns
+    return inside
+
+
 def _raw(original: Model, made: Model, image: Image) -> float:
     """The largest difference between the raw outputs for one image, as a share of each output's largest value."""
-    height, width = (max(min(side, most) // 32 * 32, 64) for side, most in zip(image.shape, made.info.imgsz, strict=False))
+    stride, sides = original.info.stride, zip(image.shape, made.info.imgsz, strict=False)
+    height, width = (max(min(side, most) // stride * stride, 2 * stride) for side, most in sides)
     pixels = np.ascontiguousarray(image[:height, :width, ::-1].transpose(2, 0, 1)[None], np.float32) / np.float32(255)
     differences = [
         float(np.abs(before - after).max() / max(np.abs(before).max(), 1e-6))

@@ -4,7 +4,9 @@ The embedded model is exported for real, by the process that does so for replica
 """
 
 import json
+import os
 import shutil
+import subprocess
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,9 +20,21 @@ import pytest
 import torch
 import ultralytics
 
-from actors import engines
+from actors import engines, exporter
 from actors.detector import Detector
-from actors.engines import CACHE_VARIABLE, MANIFEST, Made, cache_folder, digest_of_folder, made, make, plan
+from actors.engines import (
+    CACHE_VARIABLE,
+    MANIFEST,
+    NEEDS,
+    OWN_CODE,
+    Made,
+    Plan,
+    cache_folder,
+    digest_of_folder,
+    made,
+    make,
+    plan,
+)
 from actors.errors import ModelError
 from actors.fake_model import FakeModel
 from actors.images import encode_jpeg
@@ -36,6 +50,7 @@ from deploy.demo.scene import draw_scene
 from deploy.settings import ServedModel
 from deploy.weights import EMBEDDED
 from tests.conftest import until
+from tests.unit.test_imports import ALLOWED
 
 AUTO = ServedModel.model_validate(EMBEDDED.model_dump() | {"engine": "auto"})  # as replicas have it
 LIMITS = ImageLimits()
@@ -62,6 +77,29 @@ def openvino() -> Made:
     wanted = plan(AUTO)
     assert wanted is not None
     return make(AUTO, wanted)
+
+
+OPENVINO = Plan("openvino", "fp32", "as a test asks", cuda=False)
+ASKERS = 4
+
+
+@pytest.fixture
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the process that exports has been asked for; in its place and into an empty cache, two small files are written."""
+    asked = list[dict[str, Any]]()
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(json.loads(command[-1]))
+        folder = Path(asked[-1]["folder"])
+        (folder / "export").mkdir()
+        (folder / "export" / "x.xml").write_text("a graph")
+        manifest = {"file": "export", "agrees": True, "verdict": "they agree", "numbers": {}}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -131,6 +169,72 @@ def test_what_is_half_written_is_not_there(openvino: Made, tmp_path: Path, monke
     assert made(AUTO, openvino.plan) is None
 
 
+def test_who_asks_while_it_is_made_waits_for_it(orders: list[dict[str, Any]]) -> None:
+    together = threading.Barrier(ASKERS)
+
+    def ask(_: int) -> Made:
+        together.wait()
+        return make(AUTO, OPENVINO)
+
+    with ThreadPoolExecutor(ASKERS) as askers:
+        found = list(askers.map(ask, range(ASKERS)))
+    assert found == [found[0]] * ASKERS and found[0].agrees
+    assert len(orders) == 1
+    assert [path for path in cache_folder().iterdir() if path.is_dir()] == [found[0].path and found[0].path.parent]
+
+
+@pytest.mark.parametrize("manifest", [None, "", '{"file": "expo', "\0\0\0", "[]", "{}", '{"file": 5}'])
+def test_an_engine_that_an_interruption_has_left_is_made_again(orders: list[dict[str, Any]], manifest: str | None) -> None:
+    found = make(AUTO, OPENVINO)
+    assert found.path is not None
+    (found.path.parent / "of the old one").touch()
+    if manifest is None:
+        (found.path.parent / MANIFEST).unlink()
+    else:
+        (found.path.parent / MANIFEST).write_text(manifest)
+    assert made(AUTO, OPENVINO) is None
+    assert make(AUTO, OPENVINO) == found == made(AUTO, OPENVINO)
+    assert len(orders) == 2 and not (found.path.parent / "of the old one").exists()
+
+
+def test_a_manifest_whose_export_was_removed_is_none(orders: list[dict[str, Any]]) -> None:
+    found = make(AUTO, OPENVINO)
+    assert found.path is not None
+    shutil.rmtree(found.path)
+    assert made(AUTO, OPENVINO) is None and make(AUTO, OPENVINO) == found
+
+
+def test_an_engine_is_on_the_disk_before_it_appears(orders: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, missing = set[int](), set[str]()
+    rename = Path.rename
+
+    def check(folder: Path, target: Path) -> Path:
+        missing.update(str(path) for path in (folder, *folder.rglob("*")) if path.stat().st_ino not in synced)
+        return rename(folder, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", check)
+    assert make(AUTO, OPENVINO).agrees
+    assert len(synced) == 4 and not missing
+
+
+def test_weights_that_are_replaced_meanwhile_do_not_become_the_engine_of_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Path(shutil.copy(EMBEDDED.weights, tmp_path / "x.pt"))
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        weights.write_bytes(weights.read_bytes() + b"other")
+        with pytest.raises(SystemExit) as refused:
+            exporter.main(command[-1])
+        return subprocess.CompletedProcess(command, 1, "", str(refused.value.code))
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(ModelError, match=r"could not be made: .* has SHA-256 .*, but the settings pin"):
+        make(settings(weights=str(weights)), OPENVINO)
+
+
 def test_a_cache_that_cannot_be_written_says_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, openvino: Made
 ) -> None:
@@ -149,6 +253,51 @@ def test_other_calibration_images_are_another_engine(tmp_path: Path) -> None:
     assert digest_of_folder(tmp_path) != before
     with pytest.raises(ModelError, match="give 'calibrate' a folder"):
         digest_of_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("subset", ["", "train"])
+def test_other_labels_of_calibration_images_are_another_engine(tmp_path: Path, subset: str) -> None:
+    images, labels = (tmp_path / kind / subset for kind in ("images", "labels"))
+    images.mkdir(parents=True)
+    (images / "a.jpg").write_bytes(b"1")
+    digests = [digest_of_folder(images)]
+    labels.mkdir(parents=True)
+    for text in ("0 0.5 0.5 1 1", "0 0.5 0.5 1 1\n1 0.5 0.5 1 1"):
+        (labels / "a.txt").write_text(text)
+        digests.append(digest_of_folder(images))
+    assert len({*digests}) == 3
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for kind in ("images", "labels"):
+        (tmp_path / kind).rename(moved / kind)
+    assert digest_of_folder(moved / "images" / subset) == digests[-1]
+
+
+@pytest.mark.parametrize("package", sorted({*NEEDS["onnx"], *NEEDS["openvino"], *NEEDS["tensorrt"], "nncf", "onnxslim"}))
+def test_another_version_of_what_exports_is_another_engine(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, version = engines._key(AUTO, OPENVINO, "0"), engines._version
+    monkeypatch.setattr(engines, "_version", lambda name: "another" if name == package else version(name))
+    assert engines._key(AUTO, OPENVINO, "0") != before
+
+
+def test_all_code_that_makes_or_judges_an_engine_is_in_its_key() -> None:
+    words = {"engines", "errors", "hardware", "schemas", "settings", "writers"}  # which compute nothing of either
+    assert {name.removeprefix("actors.") for name in ALLOWED["actors.exporter"]} - words <= {*OWN_CODE}
+
+
+@pytest.mark.slow
+def test_int8_is_fitted_alike_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    for seed in range(12):
+        (tmp_path / "images" / f"{seed}.jpg").write_bytes(encode_jpeg(draw_scene(seed).image))
+    wanted = settings(weights=EMBEDDED.weights, precision="int8", calibrate=str(tmp_path / "images"))
+    fits = []
+    for cache in ("one", "other"):
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / cache))
+        found = make(wanted, Plan("openvino", "int8", "as a test asks", cuda=False))
+        assert found.path is not None
+        fits.append([path.read_bytes() for path in found.path.glob("*.bin")])
+    assert len(fits[0]) == 1 and fits[0] == fits[1]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -15,6 +15,7 @@ from actors.errors import BadRequest, ModelError, ModelOwnershipError
 from actors.model import YoloModel
 from actors.schemas import PredictParams
 from actors.settings import ModelSettings
+from actors.verify import EXACT, verify
 from actors.weights import hash_weights
 from deploy.api.ultralytics import summary
 from deploy.demo.scene import draw_scene
@@ -172,6 +173,16 @@ assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5))
 def test_suppression_is_that_of_torchvision_which_is_not_imported() -> None:
     done = subprocess.run([sys.executable, "-c", SUPPRESSION], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_of_another_stride_are_loaded_and_verified(tmp_path: Path) -> None:
+    weights = tmp_path / "random-p6.pt"
+    ultralytics.YOLO("yolov8n-p6.yaml").save(weights)
+    model = YoloModel(ModelSettings(name="p6", weights=str(weights)))
+    assert model.info.stride == 64 and model.info.output_shapes == ((-1, 84, -1),)
+    (rows,) = model.infer(np.zeros((1, 3, 192, 128), np.float32))
+    assert rows.shape == (1, 84, 24 * 16 + 12 * 8 + 6 * 4 + 3 * 2)
+    assert verify(model, model, [draw_scene(3).image[:300, :420]], EXACT).agrees
 
 
 def test_a_tensor_comes_out_as_the_described_shapes(model: YoloModel) -> None:
