@@ -415,9 +415,7 @@ class Detector:
                 if item in leaders:
                     leaders.remove(item)
                     self.on_batch(item.batch_size)
-                timing = replace(result.timing, batch_size=item.batch_size)
-                inside_ms = 1e3 * (time.perf_counter() - item.begun) - timing.postprocess
-                _settle(item, replace(result, timing=timing), inside_ms)
+                _settle(item, result, 1e3 * (time.perf_counter() - item.begun) - result.timing.postprocess)
         except Exception as error:
             log.warning(
                 "an image failed, and is retried with the %d others in hand: %s", len(inside) + len(outside) - 1, error

@@ -203,7 +203,9 @@ def _export(settings: ModelSettings, wanted: Plan, folder: Path, background: boo
     The settings pin the weights whose key names ``folder``: others that replace them meanwhile are refused.
     """
     _sweep(folder.parent)
-    if folder.exists():  # what an interrupted removal or a power loss has left
+    if folder.exists():  # what an interrupted removal or a power loss has left, or another machine has made just now
+        if found := _read(wanted, folder):
+            return found
         shutil.rmtree(folder)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     scratch.mkdir()

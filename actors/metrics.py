@@ -19,7 +19,7 @@ from actors.errors import UnknownModel
 from actors.schemas import ModelInfo, ModelStatus, Timing
 
 LABELS = ("model", "version", "task")
-STAGES = tuple(field.name for field in fields(Timing) if field.name != "batch_size")
+STAGES = tuple(field.name for field in fields(Timing) if field.name not in ("batch_size", "engine"))
 TENSOR_STAGES = ("batch_wait", "inference")  # a caller's own tensor goes through no others
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]

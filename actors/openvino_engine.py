@@ -41,7 +41,7 @@ KEPT_SHAPES = 3  # for images alone, 55 MB each (yolo26n), and as many for image
 KEPT_SHAPES_ALONE = 12  # where free sides cannot be computed, so that every shape needs a form of its own
 MEMORY = 1024  # images, after which those before count half
 TINY = 128 * 128  # pixels: an image of so few gains nothing, and health checks would get a form of their own
-LOOK_S = 0.5  # for an image that has failed, whose end nobody tells
+LOOK_S = 0.5  # how often for an image that has failed, whose end nobody tells
 
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -162,7 +162,7 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
             return self._forms[use]
         if not self._any_shape:
             return self._keep(use, self._compiled(use))
-        if (FREE, streams) not in self._forms:
+        if not {(FREE, streams)} & (self._forms.keys() | self._failed):
             self._compile((FREE, streams))
         elif self._deserves_a_form(use):
             self._compile(use)
@@ -187,7 +187,7 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
             self._keep(use, compiled.result())
         except RuntimeError:
             self._failed.add(use)
-            log.exception("OpenVINO cannot compile the model for %s: free sides compute such images", use)
+            log.exception("OpenVINO cannot compile the model for %s: another form computes such images", use)
 
     def _deserves_a_form(self, use: Use) -> bool:
         (_, height, width), streams = use
@@ -314,6 +314,7 @@ class _Lanes:
 
     def __init__(self, lanes: int) -> None:
         self._free = lanes
+        self._look = time.perf_counter() + LOOK_S
         self._started: dict[int, _Flight] = {}
         self._waiting: deque[_Flight] = deque()
         self._done = SimpleQueue[tuple[int, float]]()
@@ -331,19 +332,24 @@ class _Lanes:
     def next_done(self) -> tuple[int, float]:
         """Wait for the end of any; its number, and when that was."""
         while True:
-            try:
+            if time.perf_counter() > self._look:
+                self._land_the_failed()
+                self._look = time.perf_counter() + LOOK_S
+            with suppress(Empty):
                 return self._done.get(timeout=LOOK_S)
-            except Empty:
-                with self._lock:
-                    started = list(self._started.values())
-                for flight in started:
-                    if flight.has_failed():
-                        self._landed(flight.number)
 
     def close(self) -> None:
         """Start no other one from now on."""
         with self._lock:
             self._waiting.clear()
+            self._started.clear()
+
+    def _land_the_failed(self) -> None:
+        with self._lock:
+            started = list(self._started.values())
+        for flight in started:
+            if flight.has_failed():
+                self._landed(flight.number)
 
     def _start(self, flight: _Flight) -> None:
         self._started[flight.number] = flight
@@ -352,7 +358,7 @@ class _Lanes:
     def _landed(self, number: int) -> None:
         now = time.perf_counter()
         with self._lock:
-            del self._started[number]
+            self._started.pop(number, None)
             if self._waiting:
                 self._start(self._waiting.popleft())
             else:

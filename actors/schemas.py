@@ -117,7 +117,7 @@ class Timing:
         preprocess: its share of the batch's conversion to a tensor.
         inference: its share of the forward pass.
         postprocess: suppression and scaling.
-        batch_size: how many images shared its forward pass.
+        batch_size: how many images shared its forward pass; 1 in an engine that computes each by itself.
         engine: how long it was in the engine: all of its batch's preprocess and inference, or its own beside other images.
     """
 

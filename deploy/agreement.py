@@ -64,8 +64,8 @@ def total(agreements: Iterable[Agreement]) -> Agreement:
 
 
 def milliseconds(timing: Timing) -> float:
-    """What an image took in its replica without waiting: its decoding, its stay in the engine, its suppression."""
-    return timing.decode + timing.engine + timing.postprocess
+    """What an image took in its replica without waiting: its decoding, the whole pass of its batch, its suppression."""
+    return timing.decode + timing.batch_size * (timing.preprocess + timing.inference) + timing.postprocess
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float]:

@@ -42,8 +42,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.proxy:middlewares")
     os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "1000")  # else ten times a second in every process of Serve
-    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")  # an event loop a replica: 0.3 ms less a request
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "20")  # three times: else a busy machine's is begun anew
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "15")  # three times: else a busy machine's is begun anew
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.2")  # else the controller takes twice as much when idle
 
 

@@ -139,16 +139,14 @@ def _starting_serve(host: str, port: int, log: LogSettings) -> Iterator[None]:
         started = thread.submit(serve.start, http_options={"host": host, "port": port}, logging_config=for_serve(log))
         while not (serve.status().proxies or started.done()):
             time.sleep(POLL_S)
-        if started.done():
-            started.result()
         yield
         try:
             started.result()
-        except ActorDiedError as died:  # Serve ends a proxy that takes too long, and begins another
+        except (ActorDiedError, TimeoutError) as error:  # Serve ends a proxy that takes too long, and begins another
             give_up = time.monotonic() + PROXY_TIMEOUT_S
             while ProxyStatus.HEALTHY not in serve.status().proxies.values():
                 if time.monotonic() > give_up:
-                    raise LaunchError(f"Serve's proxy does not start at {host}:{port}; Ray's logs say why") from died
+                    raise LaunchError(f"Serve's proxy does not start at {host}:{port}; Ray's logs say why") from error
                 time.sleep(POLL_S)
 
 

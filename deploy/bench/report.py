@@ -169,7 +169,7 @@ def _peers_table(report: Report) -> Iterator[str]:
     yield f"- {', '.join(sorted(versions))}."
     counts = f"{report['requests']} requests of {report['callers']} callers, {report['images']} images"
     yield f"- Medians of {report['rounds']} rounds; {counts}. 'Boxes off' is against `YOLO.predict` on the same file;"
-    yield f"  beyond {MOST_OFF:.0%} a side has no place."
+    yield f"  beyond {MOST_OFF:.0%} a side has no place. The limit is measured beside yolofleet's first side, and compared with that."
 
 
 def _peer_row(report: Report, side: Report) -> str:
@@ -191,10 +191,13 @@ def _times_faster(report: Report, side: Report) -> str:
     """
     ranked = [each for each in _ranked(report, side["setup"]) if not _is_wrong(each)]
     fleets = [each for each in ranked if each["title"].startswith("yolofleet")]
+    if side["title"] == LIMIT:
+        among = (each for each in report["sides"] if each["setup"] == side["setup"])
+        first = next(each for each in among if each["title"].startswith("yolofleet"))
+        fleets = [each for each in fleets if each is first]
     if not fleets or _is_wrong(side) or side["title"].startswith("yolofleet"):
         return ""
-    fleet = min(fleets, key=report["sides"].index) if side["title"] == LIMIT else fleets[0]
-    pairs = zip(fleet["per_s"], side["per_s"], strict=False)
+    pairs = zip(fleets[0]["per_s"], side["per_s"], strict=False)
     return f"{median(ours / theirs for ours, theirs in pairs):.2f} times it"
 
 

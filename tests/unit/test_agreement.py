@@ -104,8 +104,8 @@ def test_objects_of_all_images_weigh_the_same() -> None:
 
 
 def test_latency_is_the_time_in_the_replica_without_waiting() -> None:
-    timing = Timing(queue=100, decode=1, batch_wait=50, preprocess=2, inference=3, postprocess=4, batch_size=2, engine=10)
-    assert milliseconds(timing) == 1 + 10 + 4
+    timing = Timing(queue=100, decode=1, batch_wait=50, preprocess=2, inference=3, postprocess=4, batch_size=2, engine=90)
+    assert milliseconds(timing) == 1 + 2 * (2 + 3) + 4
     assert percentiles([5.0]) == (5.0, 5.0)
     assert percentiles([float(number) for number in range(101)]) == (50.0, 95.0)
 

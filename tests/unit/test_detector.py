@@ -197,7 +197,7 @@ def test_an_engine_that_computes_image_by_image_takes_any_shapes_at_once_and_wha
         expected(data, each).detections for data, each in zip(pictures, params, strict=True)
     ]
     assert sum(sizes) == 40 and max(sizes) == 4
-    assert {result.timing.batch_size for result in results} == set(sizes)
+    assert {result.timing.batch_size for result in results} == {1}, "no other shared its pass"
     assert all(result.timing.batch_wait >= 0 and result.timing.decode > 0 for result in results)
     assert all(2 <= result.timing.engine < 1e3 * (time.perf_counter() - started) for result in results)
 
