@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import tarfile
 import threading
 from array import array
@@ -42,6 +43,7 @@ CONTAINERS = LISTS + LINES + CSV + PARQUET + TAR
 COLUMNS = ("uri", "url", "path", "file", "filename", "file_name", "file_path", "filepath", "image_path", "image_url")
 COLUMNS_OF_BYTES = ("image", "img", "bytes", "content", "data", "jpg", "jpeg", "png", "webp")
 
+_MARKS = [re.compile(re.escape(f"{suffix}#"), re.IGNORECASE | re.ASCII) for suffix in TAR + PARQUET + CSV + LINES]
 _LONGEST_ROW = 1 << 26  # of a CSV file, bytes
 _SEEK_AHEAD = 1 << 20  # a tar's headers are read with what lies between them, where that is less than another request
 _lock = threading.Lock()  # one thread opens a container, the others then find it open
@@ -84,10 +86,9 @@ def members(uri: str, column: str | None = None) -> Iterator[tuple[str, bool]]:
 
 def split_member(uri: str) -> tuple[str, str] | None:
     """The container and the member that a URI names; None for a file of its own."""
-    for suffix in TAR + PARQUET + CSV + LINES:
-        end = uri.lower().find(f"{suffix}#")
-        if end >= 0:
-            return uri[: end + len(suffix)], uri[end + len(suffix) + 1 :]
+    for mark in _MARKS:
+        if match := mark.search(uri):
+            return uri[: match.end() - 1], uri[match.end() :]
     return None
 
 

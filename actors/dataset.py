@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from fsspec.utils import glob_translate
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
@@ -22,7 +24,7 @@ from actors.clips import CLIP_SUFFIXES, is_clip, list_frames
 from actors.containers import CONTAINERS, is_container, members, read_member, split_member
 from actors.errors import BadSource
 from actors.images import IMAGE_SUFFIXES
-from actors.storage import absolute, has_scheme, locate, read_bytes, version_of
+from actors.storage import absolute, has_scheme, is_utf8, locate, read_bytes, version_of
 
 MAX_SHARD = 256
 
@@ -42,7 +44,7 @@ class Shard:
     @property
     def key(self) -> str:
         """A name that follows from the inputs alone, so that the same shard is never committed under two names."""
-        return hashlib.sha256("\n".join(self.uris).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.uris).encode(errors="surrogatepass")).hexdigest()[:16]
 
     def halves(self) -> tuple[Shard, Shard]:
         """This shard as two, to find the one input that kills an actor."""
@@ -84,8 +86,10 @@ def read_input(uri: str) -> bytes:
     """The encoded bytes of one input.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or its name cannot stand in a result.
     """
+    if not is_utf8(uri):
+        raise OSError("its name is not UTF-8: rename it")
     member = split_member(uri)
     return read_member(*member) if member else read_bytes(uri)
 
@@ -102,6 +106,8 @@ def into_shards(
 
 def _list_one(source: str, column: str | None) -> dict[str, str | None]:
     uri = absolute(source)
+    if not is_utf8(uri) and Path(uri).is_file():
+        return {uri: _local_version(Path(uri))}
     filesystem, path = locate(uri)
     try:
         info = filesystem.get_file_info(path)
@@ -115,6 +121,8 @@ def _list_one(source: str, column: str | None) -> dict[str, str | None]:
             raise BadSource(f"There is nothing at '{source}': give a folder, a glob, a list, a table, a tar or an image")
     except OSError as error:
         raise BadSource(f"'{source}' cannot be listed: {error}") from error
+    except UnicodeEncodeError as error:
+        raise BadSource(f"{source!a} cannot be listed: the name is not UTF-8; give another") from error
     if not found:
         kinds, containers = ", ".join(sorted(IMAGE_SUFFIXES | CLIP_SUFFIXES)), ", ".join(CONTAINERS)
         raise BadSource(
@@ -124,8 +132,8 @@ def _list_one(source: str, column: str | None) -> dict[str, str | None]:
 
 
 def _expand(uri: str, version: str | None, column: str | None) -> dict[str, str | None]:
-    """A file as what it holds, if it is a container, else as itself."""
-    if not is_container(uri):
+    """A file as what it holds, if it is a container, else as itself; one that cannot be opened for its name, to fail alone."""
+    if not is_container(uri) or not is_utf8(uri):
         return {uri: version}
     found: dict[str, str | None] = {}
     for name, is_member in members(uri, column):
@@ -138,8 +146,8 @@ def _expand(uri: str, version: str | None, column: str | None) -> dict[str, str 
 
 
 def _frames(uri: str) -> list[str]:
-    """A video as its frames, anything else as itself."""
-    if not is_clip(Path(uri)):
+    """A video as its frames, anything else as itself; a video that cannot be opened for its name, to fail as one input."""
+    if not is_clip(Path(uri)) or not is_utf8(uri):
         return [uri]
     if has_scheme(uri):
         raise BadSource(f"'{uri}' is a video, which has to be a local file to be sought in: copy it to where all nodes see it")
@@ -182,12 +190,17 @@ def _fixed_part(pattern: str) -> str:
 def _walk(filesystem: FileSystem, folder: str) -> Iterator[tuple[str, str | None]]:
     """Every file below ``folder`` with its version. Links to folders are not followed: they may lead in circles."""
     if isinstance(filesystem, LocalFileSystem):
-        yield from ((str(path), _local_version(path)) for path in Path(folder).rglob("*") if path.is_file())
+        for parent, _, names in os.walk(folder, onerror=_raise):
+            yield from ((str(path), _local_version(path)) for path in map(Path(parent).joinpath, names) if path.is_file())
         return
     scheme = folder.partition("://")[0]
     for info in filesystem.get_file_info(FileSelector(locate(folder)[1], recursive=True)):
         if info.type is FileType.File:
             yield f"{scheme}://{info.path}", version_of(info)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _images(files: Iterable[tuple[str, str | None]]) -> dict[str, str | None]:
@@ -199,6 +212,6 @@ def _local_version(path: Path) -> str | None:
     """Like ``storage.version_of``; None if there is no such file."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name that cannot be one
         return None
     return f"{status.st_size}-{status.st_mtime_ns}"

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from actors.dataset import Shard
 from actors.errors import BadSource, OutputMismatch
-from actors.storage import CONNECTIONS, Storage
+from actors.storage import CONNECTIONS, Storage, is_utf8
 from actors.writers import SCHEMA, table
 
 METADATA_KEY = b"yolofleet"
@@ -42,6 +42,8 @@ DETECTIONS, TRACKS = "detections", "tracks"
 PENDING = ".pending"
 DERIVED = ("errors.jsonl", "summary.json", "detections.jsonl", "coco.json", "yolo", TRACKS, "mot", "annotated")
 """What else may lie in the folder of a job, and is made anew from what is committed."""
+OURS = (DETECTIONS, *DERIVED, "job.json")
+"""All that a job leaves in its folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +125,17 @@ class Ledger:
             request: how the job was asked for, as JSON values; kept for ``requested``.
 
         Raises:
-            OutputMismatch: the folder holds the results of another job, or files that are none of a job's.
+            OutputMismatch: the folder holds the results of another job, or files that are none of a job's. It is as it was.
             BadSource: the folder cannot be reached or written to.
         """
         ledger = cls(Storage.at(root), job, uuid.uuid4().hex)
         try:
-            if fresh and ledger.storage.read("job.json") is not None:
+            ledger._check_job(fresh=fresh)
+            if fresh:
                 ledger._clear()
-            ledger._check_job()
             ledger.storage.delete(PENDING)
             ledger.storage.lease(ledger.lease)
-            kept = json.loads(ledger.storage.read("job.json") or b"{}")
+            kept = _stored(ledger.storage) or {}
             ledger._put_json("job.json", kept | {"identity": job, "request": request})
         except OSError as error:
             raise BadSource(f"Nothing can be written to {root}: {error}") from error
@@ -146,10 +148,10 @@ class Ledger:
         Raises:
             BadSource: there are no results of a job.
         """
-        job = Storage.at(root).read("job.json")
+        job = _stored(Storage.at(root))
         if job is None:
             raise BadSource(f"{root} holds no results of a job: name the folder that was given as --out")
-        request: dict[str, Any] = json.loads(job)["request"]
+        request: dict[str, Any] = job["request"]
         return request
 
     def settle_engine(self, engine: str) -> None:
@@ -285,7 +287,8 @@ class Ledger:
         """Write a committed file again without some of its inputs; their share of the stages' time goes with them."""
         letters = tuple(letter for letter in committed.manifest.dead_letters if letter.uri not in gone)
         rows = self._read_table(committed.name)
-        kept = rows.filter(pc.invert(pc.is_in(rows.column("uri"), pa.array(list(gone), pa.string()))))
+        values = pa.array(filter(is_utf8, gone), pa.string())  # no other is in a row
+        kept = rows.filter(pc.invert(pc.is_in(rows.column("uri"), values)))
         if not kept.num_rows and not letters:
             self.storage.delete(committed.name)
             return
@@ -301,22 +304,21 @@ class Ledger:
         about = _about(rows) | {"manifest": asdict(manifest)}
         self._put_table(committed.name, kept.replace_schema_metadata(_metadata(about)))
 
-    def _check_job(self) -> None:
-        job = self.storage.read("job.json")
-        if job is not None:
-            differences = _differences(json.loads(job)["identity"], self.job)
-            if differences:
+    def _check_job(self, *, fresh: bool) -> None:
+        job = _stored(self.storage)
+        if job is not None and not fresh:
+            if differences := _differences(job["identity"], self.job):
                 raise OutputMismatch(
                     f"{self.storage.root} holds the results of another job ({'; '.join(differences)}):"
                     " give another --out, or --fresh to throw these results away"
                 )
-        elif set(self.storage.names()) - {PENDING}:
+        elif set(self.storage.names()) - ({PENDING} if job is None else {PENDING, *OURS}):
             raise OutputMismatch(
                 f"{self.storage.root} holds files that are none of ours: give an empty or a new folder as --out"
             )
 
     def _clear(self) -> None:
-        for name in (DETECTIONS, PENDING, *DERIVED, "job.json"):
+        for name in (PENDING, *OURS):
             self.storage.delete(name)
 
     def _put_table(self, name: str, rows: pa.Table) -> None:
@@ -347,6 +349,24 @@ def totals(manifests: Iterator[Manifest]) -> Manifest:
         for stage, milliseconds in manifest.stage_ms.items():
             stages[stage] = stages.get(stage, 0.0) + milliseconds
     return Manifest(results, tuple(letters), dict(sorted(classes.items())), stages)
+
+
+def _stored(storage: Storage) -> dict[str, Any] | None:
+    """What ``job.json`` holds, None if there is none.
+
+    Raises:
+        OutputMismatch: it is none that a job has written.
+    """
+    content = storage.read("job.json")
+    if content is None:
+        return None
+    try:
+        job: Any = json.loads(content)
+    except ValueError:
+        job = None
+    if not isinstance(job, dict) or "identity" not in job:
+        raise OutputMismatch(f"{storage.root}/job.json is none of ours: give an empty or a new folder as --out")
+    return job
 
 
 def _metadata(about: dict[str, Any]) -> dict[bytes, bytes]:

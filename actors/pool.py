@@ -350,8 +350,10 @@ class _Pool:
                     self._feed(worker)
                 if not self._more():
                     _let_go(workers, workers)
-                if not workers:
-                    return
+                    if not workers:
+                        return
+                elif all(worker.leaves for worker in workers):  # those beside them were let go, and one that left has died
+                    workers.append(_Worker(self._settings))
                 references = {ref: worker for worker in workers for ref in worker.references()}
                 done, _ = ray.wait(list(references), num_returns=1, timeout=WAIT_S)
                 if done:

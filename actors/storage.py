@@ -54,6 +54,15 @@ def has_scheme(name: str) -> bool:
     return _SCHEME.match(name) is not None
 
 
+def is_utf8(name: str) -> bool:
+    """Whether Arrow and OpenCV can take this name; not if bytes of the file system, or escapes of a table, are no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def locate(uri: str) -> tuple[FileSystem, str]:
     """The file system that holds ``uri``, and what it is called there.
 

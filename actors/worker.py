@@ -78,11 +78,11 @@ class DetectionWorker:
     def _start(self, uri: str, content: bytes | None) -> tuple[str | None, Future[ImageResult]]:
         try:
             data = read_input(uri) if content is None else content
-        except (OSError, FleetError) as error:
+            return sha256(data).hexdigest(), self._detector.submit(data, self._params)
+        except Exception as error:  # one input's failure is its own
             unread: Future[ImageResult] = Future()
             unread.set_exception(error)
             return None, unread
-        return sha256(data).hexdigest(), self._detector.submit(data, self._params)
 
     def _row(self, uri: str, sha: str | None, detecting: Future[ImageResult]) -> dict[str, Any]:
         try:

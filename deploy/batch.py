@@ -7,7 +7,7 @@ The same job again goes on from what is committed. The driver holds URIs and cou
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -25,7 +25,7 @@ from actors.ledger import DETECTIONS, TRACKS, Ledger, Manifest, package_versions
 from actors.metrics import JobMetrics
 from actors.pool import PoolSettings, run_pool
 from actors.results import read_names, read_rows
-from actors.schemas import JobCounts, ModelInfo, PredictParams
+from actors.schemas import JobCounts, ModelInfo, PredictParams, Task
 from actors.settings import ActorSettings, ImageLimits, ModelSettings, Settings, TrackerSettings
 from actors.storage import absolute, has_scheme
 from actors.tracks import TrackSettings, track_clips
@@ -196,6 +196,7 @@ class Job:
             ModelError: there are no such weights.
         """
         versions = list_inputs(settings.sources, settings.column)
+        _leave_out(str(settings.out), versions)
         if settings.labels and not settings.labels.exists():
             raise BadSource(f"There are no labels at {settings.labels}: give a folder of YOLO labels or a COCO file")
         ledger = Ledger.open(settings.out, settings.identity(), fresh=settings.fresh, request=settings.request())
@@ -233,6 +234,8 @@ class Job:
 
         def on_ready(info: ModelInfo) -> None:
             loading.append(time.perf_counter() - started)
+            if self.settings.labels:
+                _check_boxes(info.task)
             self.ledger.settle_engine(f"{info.engine} {info.precision}")
 
         settings, actors = self.settings, self.settings.most_actors
@@ -257,23 +260,29 @@ class Job:
             on_ready=on_ready,
         )
         if settings.tracker:
+            self.ledger.settle()  # no frame may be associated twice
             clips = dict.fromkeys(found[0] for found in map(parse_frame, self.uris) if found)
             how = TrackSettings(self.ledger, settings.tracker, MOT in settings.formats, settings.annotate, settings.background)
             track_clips(how, clips, actors, actor.num_cpus)
         return loading[0] if loading else 0.0
 
-    def finish(self, seconds: float, loading_s: float = 0.0) -> dict[str, Any]:
-        """Write the other formats, ``errors.jsonl`` and ``summary.json``; returns the summary.
+    def finish(self, seconds: float, loading_s: float = 0.0, *, stopped: bool = False) -> dict[str, Any]:
+        """Write the other formats, ``errors.jsonl`` and ``summary.json``, these two in any case; returns the summary.
 
         Args:
             seconds: what this run took.
             loading_s: how much of it went by before the first model was loaded.
+            stopped: whether it ended before its time; then nothing is scored, and no other format is written.
+
+        Raises:
+            BadRequest: the model's results cannot be scored.
+            BadSource: the labels are not these inputs'.
         """
         settings = self.settings
         committed = self.ledger.settle()
         total = totals(self.ledger.manifests())
         images = max(total.results, 1)
-        processed = len(self.remaining)
+        processed = sum(uri in committed for uri in self.remaining)
         summary = {
             "inputs": len(committed.keys() | self.versions.keys()),
             "results": total.results,
@@ -285,33 +294,64 @@ class Job:
                 "loading_seconds": round(loading_s, 3),
                 "images_per_s": round(processed / seconds, 2) if processed else None,
                 "images_per_s_loaded": round(processed / (seconds - loading_s), 2) if processed else None,
-                "cost_per_million_images": self._cost_per_million(seconds),
+                "cost_per_million_images": self._cost_per_million(seconds, processed),
             },
             "detections": total.classes,
             "stage_ms_per_image": {stage: round(ms / images, 3) for stage, ms in total.stage_ms.items()},
             "job": self.ledger.job,
             "actors": settings.actors,
             "batch_size": settings.model.max_batch,
-            "eval": self._evaluation(),
+            "eval": None,
             "versions": package_versions(),
         }
-        for kind in settings.formats:
-            if kind in EXPORTS:
-                export(kind, self.ledger, TRACKS if settings.tracker else DETECTIONS)
-        self.ledger.finish(summary)
+        try:
+            if not stopped:
+                summary["eval"] = self._evaluation()
+                for kind in filter(EXPORTS.__contains__, settings.formats):
+                    export(kind, self.ledger, TRACKS if settings.tracker else DETECTIONS)
+        finally:
+            self.ledger.finish(summary)
         return summary
 
-    def _cost_per_million(self, seconds: float) -> float | None:
+    def _cost_per_million(self, seconds: float, processed: int) -> float | None:
         """What a million images cost at this run's pace, in the currency of ``price_per_hour``."""
         price = self.settings.price_per_hour
-        return None if price is None or not self.remaining else round(price / 3600 * seconds / len(self.remaining) * 1e6, 2)
+        return None if price is None or not processed else round(price / 3600 * seconds / processed * 1e6, 2)
 
     def _evaluation(self) -> dict[str, Any] | None:
         if self.settings.labels is None:
             return None
         root = self.ledger.storage.root
         names = read_names(root)
-        return asdict(evaluate(read_rows(root), labels_at(self.settings.labels, names), names))
+        return asdict(evaluate(_with_boxes(read_rows(root)), labels_at(self.settings.labels, names), names))
+
+
+def _leave_out(out: str, versions: dict[str, str | None]) -> None:
+    """Drop what lies in the output folder: the pictures of an earlier run are no inputs.
+
+    Raises:
+        BadSource: all of them do.
+    """
+    folder = f"{_normal(absolute(out))}/"
+    for uri in [uri for uri in versions if _normal(uri).startswith(folder)]:
+        del versions[uri]
+    if not versions:
+        raise BadSource(f"Every input lies in the output folder: give another one than '{out}' as --out")
+
+
+def _normal(uri: str) -> str:
+    return uri.rstrip("/") if has_scheme(uri) else os.path.normpath(uri)
+
+
+def _with_boxes(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        _check_boxes(row["task"])
+        yield row
+
+
+def _check_boxes(task: Task) -> None:
+    if task in {"classify", "obb"}:
+        raise BadRequest(f"--eval scores upright boxes, which a model for '{task}' does not give: leave --eval out")
 
 
 def run_job(
@@ -361,7 +401,7 @@ def run_job(
             try:
                 loading_s = job.run(actor, told)
             except TooManyErrors:
-                job.finish(time.perf_counter() - started)  # errors.jsonl says what they were
+                job.finish(time.perf_counter() - started, stopped=True)  # errors.jsonl says what they were
                 raise
             return job.finish(time.perf_counter() - started, loading_s)
     return job.finish(time.perf_counter() - started)

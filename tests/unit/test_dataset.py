@@ -1,8 +1,10 @@
 """Sources → inputs → shards, and the ledger: what a source may be, and that done means committed."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -57,6 +59,40 @@ def test_a_file_that_is_named_itself_is_listed_whatever_its_suffix(pictures: Pat
 def test_a_source_without_images_is_an_error_that_names_it(source: str, pictures: Path) -> None:
     with pytest.raises(BadSource, match=source.replace("*", r"\*")):
         list_inputs([f"{pictures}/{source}"])
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_that_names_it(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if Path(path).name == "er":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)  # root may read whatever the mode says
+    with pytest.raises(BadSource, match=r"Permission denied: .*deep/er"):
+        list_inputs([str(pictures)])
+
+
+def test_links_to_files_are_followed_and_links_to_folders_are_not(pictures: Path) -> None:
+    (pictures / "file.png").symlink_to(pictures / "a.png")
+    (pictures / "circle").symlink_to(pictures)
+    (pictures / "broken.png").symlink_to(pictures / "gone.png")
+    assert names(list_inputs([str(pictures)])) == ["a.png", "b.JPG", "c.webp", "d.bmp", "file.png"]
+
+
+@pytest.mark.parametrize("name", ["\udcff.png", "\udcff.mp4", "\udcff.tar"])
+def test_a_file_whose_name_is_not_utf8_is_one_input(name: str, pictures: Path) -> None:
+    (pictures / name).write_bytes(picture())
+    suffix = Path(name).suffix
+    for source in (f"{pictures}/{name}", f"{pictures}/*{suffix}"):
+        assert f"{pictures}/{name}" in list_inputs([source])
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(pictures: Path) -> None:
+    (pictures / "\udcff").mkdir()
+    with pytest.raises(BadSource, match="not UTF-8"):
+        list_inputs([f"{pictures}/\udcff"])
 
 
 def test_shards_hold_every_input_once_and_give_each_worker_several() -> None:
@@ -133,6 +169,27 @@ def test_a_folder_with_files_of_somebody_else_is_refused_and_left_alone(tmp_path
         with pytest.raises(OutputMismatch, match="none of ours"):
             Ledger.open(tmp_path, JOB, fresh=fresh)
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"name": "train"}'])
+def test_a_job_file_of_somebody_else_is_refused_and_left_alone(content: str, tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(content)
+    (tmp_path / "yolo").mkdir()
+    for fresh in (False, True):
+        with pytest.raises(OutputMismatch, match=r"job\.json is none of ours"):
+            Ledger.open(tmp_path, JOB, fresh=fresh)
+    with pytest.raises(OutputMismatch, match=r"job\.json is none of ours"):
+        Ledger.requested(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "yolo"}
+
+
+def test_fresh_throws_nothing_away_where_it_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, JOB)
+    commit(ledger, "a")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputMismatch, match="none of ours"):
+        Ledger.open(tmp_path, JOB, fresh=True)
+    assert ledger.committed() == {"a"}
 
 
 def test_finishing_writes_the_dead_letters_and_leaves_nothing_temporary(tmp_path: Path) -> None:

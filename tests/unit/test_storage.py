@@ -155,6 +155,7 @@ def test_a_container_that_cannot_be_listed_is_an_error_that_names_it(
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
 def test_a_member_is_told_from_its_container_whatever_its_name(member: str) -> None:
     assert split_member(f"s3://bucket/a.b/shard.tar#{member}") == ("s3://bucket/a.b/shard.tar", member)
+    assert split_member(f"/İİ/SHARD.TAR#{member}") == ("/İİ/SHARD.TAR", member)  # whose lower case is longer
     assert split_member("/photos/tar#1.jpg") is None
 
 
