@@ -225,11 +225,13 @@ class Terms:
         deadline: ``time.monotonic()`` of this process until which an answer is of use.
         priority: which requests are served first when there is a queue.
         request_id: of the HTTP request, one for all its images.
+        patient: it waits for room where a queue is full, instead of being refused.
     """
 
     deadline: float
     priority: Priority = "normal"
     request_id: str = ""
+    patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

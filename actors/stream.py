@@ -30,8 +30,9 @@ class Stream:
         self.frames = self.dropped = 0
         self._tracker = StreamTracker(settings.tracker)
         self._crossings = Crossings(settings.regions or Regions())
-        self._connection, self._number = "", 0
-        self._last: Tracked | None = None
+        self._connection = ""
+        self._number = ("", 0)  # of the last sighting that a connection sent, with whose it was
+        self._last: Tracked | None = None  # what it was answered
 
     @property
     def needs_frames(self) -> bool:
@@ -40,7 +41,7 @@ class Stream:
 
     def take_over(self, connection: str) -> None:
         """From now on only ``connection`` may send, and whoever has none; "" lets the next that comes have it."""
-        self._connection, self._number = connection, 0
+        self._connection = connection
 
     def count_at(self, regions: Regions) -> bool:
         """Count at these lines and zones from now on; those that stay as they were keep their counts. Whether any changed."""
@@ -67,18 +68,21 @@ class Stream:
             StreamConflict: another connection has taken the stream over.
             BadImage, BadRequest: see ``decode_image`` and ``StreamTracker.update``.
         """
+        number = (sighting.connection, sighting.number)
         if sighting.connection:
             if self._connection not in ("", sighting.connection):
                 raise StreamConflict(
                     f"The stream '{self.settings.stream}' was taken over by a newer connection: send on that one"
                 )
-            if self._last is not None and sighting.number == self._number:
-                return self._last
             self._connection = sighting.connection
+            if self._last is not None and number == self._number:
+                return self._last
         pixels = None if sighting.image is None else decode_image(sighting.image, limits)
         result = self._tracker.update(sighting.result, pixels)
         self._crossings.update(result, self._tracker.followed)
         self.frames += 1
         self.dropped += sighting.dropped
-        self._number, self._last = sighting.number, Tracked(result, self.dropped, self._crossings.counts)
-        return self._last
+        tracked = Tracked(result, self.dropped, self._crossings.counts)
+        if sighting.connection:
+            self._number, self._last = number, tracked
+        return tracked

@@ -70,13 +70,22 @@ class StreamTracker:
         """
         if result.task == "classify":
             raise BadRequest("A classification model finds no boxes, so that nothing can be tracked: give another model")
-        if self.needs_frames and frame is None:
-            raise BadRequest("This tracker compensates the camera's motion and needs every frame's pixels: send them")
+        if self.needs_frames:
+            if frame is None:
+                raise BadRequest("This tracker compensates the camera's motion and needs every frame's pixels: send them")
+            _reset_at_another_size(self._tracker.gmc, frame)
         tracks = self._tracker.update(_boxes(result), frame)
         if len(tracks):
             return replace(result, detections=tuple(_tracked(result, track) for track in tracks.tolist()))
         pending = any(not track.is_activated for track in self._tracker.tracked_stracks)
         return replace(result, detections=()) if pending else result
+
+
+def _reset_at_another_size(gmc: Any, frame: NDArray[np.uint8]) -> None:
+    """Ultralytics' GMC compares each frame with the one before; where their sizes differ it fails, and keeps the old one."""
+    height, width = frame.shape[:2]
+    if gmc.prevFrame is not None and gmc.prevFrame.shape != (height // gmc.downscale, width // gmc.downscale):
+        gmc.reset_params()
 
 
 def _boxes(result: ImageResult) -> Any:

@@ -4,7 +4,8 @@
                 └ else: queue of its priority ─ a slot is freed ─→ served, high before normal before low
                                               ├ deadline passed ─→ DeadlineExceeded
                                               └ queue full ──────→ Overloaded, at once; it is the newest of the lowest
-                                                                   priority that goes, be it the newcomer or one who waits
+                                                                   priority that goes, be it the newcomer or one who waits;
+                                                                   who is patient asks again until its deadline
 
 The queue is bounded in requests, not in images: a request that was admitted may bring all its images. A request is known by
 its Terms object and not by its id, which a client may choose. It belongs to one event loop and needs no lock.
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 
 from actors.errors import DeadlineExceeded, Overloaded
 from actors.schemas import PRIORITIES, Terms
+
+PAUSE_S = 0.05  # before a patient request asks again for a place in a full queue
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,10 +57,14 @@ class Admission:
             Overloaded: the queue is full, or filled up with requests of a higher priority.
             DeadlineExceeded: no slot was free in time.
         """
-        if self._free and not any(self._queues.values()):
-            self._free -= 1
-        else:
-            await self._wait(terms)
+        while True:
+            try:
+                await self._take(terms)
+                break
+            except Overloaded:
+                if not terms.patient or time.monotonic() > terms.deadline:
+                    raise
+                await asyncio.sleep(PAUSE_S)
         self.in_flight += 1
         try:
             yield
@@ -67,6 +74,12 @@ class Admission:
 
     def _requests(self) -> set[int]:
         return {id(ticket.terms) for queue in self._queues.values() for ticket in queue}
+
+    async def _take(self, terms: Terms) -> None:
+        if self._free and not any(self._queues.values()):
+            self._free -= 1
+        else:
+            await self._wait(terms)
 
     async def _wait(self, terms: Terms) -> None:
         self._make_room(terms)

@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorUnschedulableError, RayActorError
+from ray.exceptions import ActorUnschedulableError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -32,7 +32,7 @@ from actors.errors import ReplicaUnavailable, StreamConflict, TooManyStreams, Un
 from actors.schemas import Answer, Sighting, StreamStatus, Terms, Tracked
 from actors.settings import ImageLimits, Regions, StreamSettings
 from actors.stream import Stream
-from deploy.backends import PAUSE_S, unwrapped
+from deploy.backends import PAUSE_S, REPLICA_DIED, unwrapped
 from deploy.settings import APP_NAME, StreamLimits
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ SNAPSHOT_S = 1.0
 WATCH_S = 1.0
 QUIET_S = 5.0  # without a call an actor looks whether the application is still there
 ANSWER_S = 30.0  # an actor that starts imports torch
+ACTOR_DIED = (*REPLICA_DIED, ActorUnschedulableError)  # the latter: with its node
 
 
 @dataclass
@@ -229,7 +230,7 @@ class Streams:
                     self._actors[name] = actor
                     try:
                         return await unwrapped(getattr(actor, method).remote(*arguments))
-                    except (RayActorError, ActorUnschedulableError):  # the latter: with its node
+                    except ACTOR_DIED:
                         self._actors.pop(name, None)
                         await asyncio.sleep(PAUSE_S)
         except TimeoutError:

@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers
 
 from actors.errors import BadRequest, ReplicaUnavailable, UnknownModel
 from actors.schemas import ImageResult, ModelInfo, PredictParams, Priority, Terms
@@ -39,6 +40,7 @@ from deploy.api.tensors import HEADER_LENGTH, Tensor, TensorRequest, bad_request
 from deploy.api.ultralytics import summary
 
 ONE_VERSION = "1"
+LARGE = 1_000_000  # characters of base64 that are not decoded on the event loop
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "schedule_policy", "statistics"]
 PRIORITY_LEVELS: tuple[Priority, ...] = ("normal", "high", "normal", "low")  # 0 is Triton's default, 1 its highest
 INFER_BODY = {
@@ -243,8 +245,8 @@ async def infer(request: Request, model: str, call: TheCall) -> Response:
     """Run raw tensors through the engine, or detect in encoded images."""
     info = await call.describe(model)
     limits = request.app.state.limits
-    body = _decompressed(await request.body(), request.headers.get("content-encoding", ""), int(limits.max_body_mb * 1e6))
-    asked = await asyncio.to_thread(read_request, body, request.headers.get(HEADER_LENGTH))
+    body = await request.body()
+    asked = await asyncio.to_thread(_read, body, request.headers, int(limits.max_body_mb * 1e6))
     parameters = _parameters(asked)
     call.terms = parameters.terms(call.terms)
     tensor = _the_input(asked, limits.max_images_per_request)
@@ -254,7 +256,9 @@ async def infer(request: Request, model: str, call: TheCall) -> Response:
         parameters.refuse_thresholds()
         outputs = await _run_engine(call, model, tensor)
     else:
-        answers = await call.detect_all(model, _images(tensor), parameters.thresholds())
+        large = tensor.from_json and sum(map(len, tensor.values)) > LARGE  # others are quicker here than in a thread
+        images = await asyncio.to_thread(_images, tensor) if large else _images(tensor)
+        answers = await call.detect_all(model, images, parameters.thresholds())
         outputs = _ready_tensors([answer.result for answer in answers])
     head = {"model_name": model, "model_version": ONE_VERSION} | ({"id": asked.id} if asked.id else {})
     wanted = [outputs[name] for name in binary]
@@ -269,6 +273,10 @@ router.include_router(of_a_model, prefix="/models/{model}/versions/{version}", d
 
 
 # -- request → call ------------------------------------------------------------------------------------------------------
+
+
+def _read(body: bytes, headers: Headers, most: int) -> TensorRequest:
+    return read_request(_decompressed(body, headers.get("content-encoding", ""), most), headers.get(HEADER_LENGTH))
 
 
 def _decompressed(body: bytes, encoding: str, most: int) -> bytes:

@@ -12,12 +12,14 @@ honoured is refused; what would not (usage counting, line widths) is ignored, an
 Reference: ``inference_sdk.http`` of inference-sdk 1.8.3, and ``inference/core/entities`` of roboflow/inference.
 """
 
+import asyncio
 import base64
 import binascii
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import metadata
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
@@ -27,13 +29,16 @@ from starlette.datastructures import UploadFile
 from starlette.routing import Match
 from starlette.types import Scope
 
-from actors.errors import BadRequest, UnknownModel
+from actors.errors import BadRequest, DeadlineExceeded, UnknownModel
 from actors.schemas import Answer, Detection, ImageResult, ModelInfo, Points, PredictParams
-from deploy.api.call import TheCall
+from deploy.api.call import Call, TheCall, all_or_nothing
 from deploy.api.fetch import fetch_image
+
+T = TypeVar("T")
 
 VERSION = "1"  # of every model, as the registry tells it
 SERVER_ID = uuid.uuid4().hex
+LARGE = 1_000_000  # characters of base64 that are not decoded on the event loop
 DEFAULT_CONFIDENCE, DEFAULT_IOU = 0.4, 0.3  # Roboflow's
 
 TASK_TYPES = {  # our task → Roboflow's
@@ -217,11 +222,24 @@ async def load_source(request: Request, kind: str, value: Any) -> bytes:
         raise BadRequest(f"An image of the type '{kind}' has a string as its value")
     if kind == "url":
         return await fetch_image(request, value)
+    return await asyncio.to_thread(_decoded, value) if len(value) > LARGE else _decoded(value)
+
+
+def _decoded(value: str) -> bytes:
     encoded = value.partition(",")[2] if value.startswith("data:") else value
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadRequest("The image is not base64: encode the image's bytes") from error
+
+
+async def _in_time(call: Call, loading: Awaitable[T]) -> T:
+    """What a request loads, or DeadlineExceeded where that takes longer than the request has."""
+    try:
+        async with asyncio.timeout(call.terms.deadline - time.monotonic()):
+            return await loading
+    except TimeoutError:
+        raise DeadlineExceeded("The images did not arrive within this request's time: allow more, or send fewer") from None
 
 
 def model_name(model_id: str | None) -> str | None:
@@ -361,10 +379,8 @@ def _endpoint(task: str) -> Callable[..., Awaitable[Any]]:
         most = request.app.state.limits.max_images_per_request
         if not 1 <= len(given) <= most:
             raise BadRequest(f"{len(given)} images in one request; 1 to {most} are accepted")
-        images = [
-            (f"image {number}", await load_source(request, each["type"], each["value"]))
-            for number, each in enumerate(given, 1)
-        ]
+        loading = all_or_nothing([load_source(request, each["type"], each["value"]) for each in given])
+        images = [(f"image {number}", image) for number, image in enumerate(await _in_time(call, loading), 1)]
         answers = await call.detect_all(info.name, images, params, annotate=body.visualize_predictions)
         made = [inference_answer(answer, params, body.keypoint_confidence) for answer in answers]
         return made if isinstance(body.image, list) else made[0]
@@ -416,7 +432,7 @@ async def legacy_infer(
     if info.task not in TASK_TYPES:
         raise BadRequest(f"'{info.name}' is a model of the task '{info.task}': send this to {_path(info)}")
     params = query.params(info)
-    image = await _legacy_image(request, query)
+    image = await _in_time(call, _legacy_image(request, query))
     answer = await call.detect(info.name, image, params, annotate=query.format != "json")
     if query.format == "image":
         return Response(answer.picture, media_type="image/jpeg")

@@ -18,9 +18,8 @@ connection is told as an error without a frame, and the connection is closed wit
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, WebSocket
@@ -28,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.websockets import WebSocketDisconnect
 
-from actors.errors import BadRequest, ImageTooLarge, Overloaded, StreamConflict, TooManyStreams, UnknownStream
+from actors.errors import BadRequest, ImageTooLarge, StreamConflict, TooManyStreams, UnknownStream
 from actors.schemas import Answer, Tracked
 from actors.settings import STREAM_NAME, Regions, StreamSettings, TrackerSettings
 from deploy.api.call import Call, TheCall, new_call
@@ -38,7 +37,6 @@ from deploy.api.problems import problem, validation_sentence
 from deploy.api.ultralytics import image_answer
 from deploy.settings import StreamLimits
 
-PAUSE_S = 0.05  # before a frame asks again for a place in a full queue
 CLOSE_FAILED, CLOSE_NORMAL = 1008, 1000  # RFC 6455, 7.4.1
 ERRORS = (UnknownStream, StreamConflict, TooManyStreams)
 BINARY = {"type": "string", "format": "binary"}
@@ -267,13 +265,8 @@ class _Connection:
         try:
             _check_size(frame, self._limits)
             call = new_call(self._websocket)
-            while True:
-                try:
-                    return call, await call.detect(self._settings.model, frame.image, self._query.params())
-                except Overloaded:  # its sender is slowed by this: the window stays full
-                    if time.monotonic() > call.terms.deadline:
-                        raise
-                    await asyncio.sleep(PAUSE_S)
+            call.terms = replace(call.terms, patient=True)  # its sender is slowed by this: the window stays full
+            return call, await call.detect(self._settings.model, frame.image, self._query.params())
         except Exception as error:
             return error
 

@@ -536,6 +536,34 @@ async def test_predict_answers_for_a_url_as_for_the_file(fleet: OneDetectorFleet
         assert (gone.status_code, gone.json()["error"]["code"]) == (422, "bad_url")
 
 
+async def test_roboflows_urls_are_fetched_side_by_side_within_the_requests_time(fleet: OneDetectorFleet, web: Web) -> None:
+    app = create_api(fleet, LIMITS)
+    app.state.urls = web.fetcher()
+    both, never = asyncio.Barrier(2), asyncio.Event()
+
+    async def together(writer: asyncio.StreamWriter) -> None:
+        await both.wait()
+        writer.write(ok(picture(blue=2)))
+
+    async def silent(writer: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    web.paths |= {"/together": together, "/silent": silent}
+    path, short = "/infer/object_detection", {"x-request-timeout-ms": "200"}
+
+    def body(path: str) -> dict[str, Any]:
+        return {"model_id": "fake/1", "image": [{"type": "url", "value": web.url(path)}] * 2}
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fleet") as client:
+        assert len((await client.post(path, json=body("/together"))).json()) == 2
+        for late in (
+            await client.post(path, json=body("/silent"), headers=short),
+            await client.post("/fake/1", params={"image": web.url("/silent")}, headers=short),
+        ):
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    never.set()
+
+
 async def test_roboflows_images_may_be_urls(fleet: OneDetectorFleet, web: Web) -> None:
     app = create_api(fleet, LIMITS)
     web.paths["/a.png"] = ok(picture(blue=2))

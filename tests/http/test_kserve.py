@@ -4,7 +4,9 @@ import base64
 import gzip
 import json
 import math
+import threading
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 
 from actors.errors import BadRequest
 from actors.schemas import Detection, ImageResult, Points
+from deploy.api import kserve
 from deploy.api.kserve import _ready_tensors
 from deploy.api.tensors import HEADER_LENGTH, Tensor, read_request, strings, write_response
 from tests.conftest import picture
@@ -142,6 +145,29 @@ async def test_compressed_bodies(client: httpx.AsyncClient, encoding: str, compr
     ):
         response = await client.post(f"{FAKE}/infer", content=bad, headers={"content-encoding": encoding})
         assert response.status_code == status and sentence in response.json()["error"]
+
+
+async def test_large_bodies_are_decoded_beside_the_event_loop(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, threading.Thread] = {}
+
+    def seen(name: str) -> Callable[..., Any]:
+        plain = getattr(kserve, name)
+
+        def noting(*arguments: Any) -> Any:
+            threads[name] = threading.current_thread()
+            return plain(*arguments)
+
+        return noting
+
+    for name in ("_decompressed", "_images"):
+        monkeypatch.setattr(kserve, name, seen(name))
+    await infer(client, [files_input(picture(), binary=False)])
+    assert threads["_images"] is threading.current_thread() is not threads["_decompressed"]
+    monkeypatch.setattr(kserve, "LARGE", 0)
+    await infer(client, [files_input(picture(), binary=False)])
+    assert threads["_images"] is not threading.current_thread()
 
 
 async def test_a_time_out_and_a_priority_are_the_requests_terms(client: httpx.AsyncClient) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from actors.errors import DeadlineExceeded, Overloaded
 from actors.schemas import PRIORITIES, Priority, Terms
+from deploy import admission as admission_module
 from deploy.admission import Admission
 
 
@@ -58,6 +60,23 @@ async def test_a_full_queue_refuses_the_newest_of_the_lowest_priority() -> None:
             await tasks[1]
     await asyncio.gather(tasks[0], tasks[2])
     assert served == ["4", "1"]
+
+
+async def test_who_is_patient_waits_for_room_and_not_beyond_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "PAUSE_S", 0)
+    admission, served = Admission("m", 1, 1), list[str]()
+    hold = holder(admission, served)
+    async with admission.slot(terms(0)):
+        tasks = [asyncio.create_task(hold(terms(1, "low"))), asyncio.create_task(hold(replace(terms(2), patient=True)))]
+        await settle()
+        with pytest.raises(Overloaded):
+            await tasks[0]
+        tasks += [asyncio.create_task(hold(replace(terms(3), patient=True)))]
+        await settle()
+        with pytest.raises(Overloaded):
+            await hold(replace(terms(4, seconds=-1), patient=True))
+    await asyncio.gather(*tasks[1:])
+    assert served == ["2", "3"]
 
 
 async def test_a_request_that_is_admitted_may_bring_all_its_images() -> None:

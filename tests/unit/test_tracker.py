@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -47,6 +48,19 @@ def test_a_pickled_tracker_goes_on_as_the_original_does(kind: str) -> None:
     for number in range(5, 12):
         result = frame(number, objects=3 + number % 2)  # a fourth comes and goes: it gets the same new id in both
         assert twin.update(result, shifts[number]) == original.update(result, shifts[number])
+
+
+@pytest.mark.parametrize("method", ["sparseOptFlow", "orb"])
+def test_the_camera_is_followed_after_the_frames_change_their_size(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("ultralytics.utils.LOGGER.warning", warnings.append)
+    tracker = StreamTracker(TrackerSettings(kind="botsort", overrides={"gmc_method": method}))
+    smooth = cv2.GaussianBlur(PIXELS, (0, 0), 6)
+    scene = cv2.normalize(smooth, smooth, 0, 255, cv2.NORM_MINMAX)
+    tracker.update(frame(0), scene[:400, :600])
+    assert ids(tracker.update(frame(0), scene)) == [1, 2, 3]
+    panned = tracker.update(frame(0, offset=48), np.roll(scene, 48, axis=1))
+    assert (ids(panned), warnings) == ([1, 2, 3], [])
 
 
 def test_an_object_that_is_seen_once_is_not_reported() -> None:
