@@ -41,7 +41,7 @@ DECLARED: dict[str, tuple[type, str, tuple[str, ...]]] = {
         ("outcome",),
     ),
     "yolofleet_stage_seconds": (Histogram, "one image's time in a stage, of those that were answered", ("stage",)),
-    "yolofleet_batch_size": (Histogram, "images that shared a forward pass", ()),
+    "yolofleet_batch_size": (Histogram, "images that were taken together; they share a forward pass, but on OpenVINO", ()),
     "yolofleet_gpu_memory_bytes": (Gauge, "GPU memory that the replica's process has reserved", ()),
     "yolofleet_gpu_peak_bytes": (Gauge, "the most GPU memory that the replica's process has reserved so far", ()),
     "yolofleet_job_inputs": (Counter, "dataset jobs' inputs as they are committed: result, or dead_letter", ("outcome",)),

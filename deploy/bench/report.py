@@ -169,7 +169,7 @@ def _peers_table(report: Report) -> Iterator[str]:
     yield f"- {', '.join(sorted(versions))}."
     counts = f"{report['requests']} requests of {report['callers']} callers, {report['images']} images"
     yield f"- Medians of {report['rounds']} rounds; {counts}. 'Boxes off' is against `YOLO.predict` on the same file;"
-    yield f"  beyond {MOST_OFF:.0%} a side has no place. The limit is measured beside yolofleet's first side, and compared with that."
+    yield f"  beyond {MOST_OFF:.0%} a side has no place. The limit stands beside yolofleet's first side, for that one."
 
 
 def _peer_row(report: Report, side: Report) -> str:

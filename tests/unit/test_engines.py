@@ -389,11 +389,11 @@ def test_an_image_that_fails_while_it_is_computed_raises_and_the_next_ones_are_c
 def test_an_image_that_fails_is_noticed_while_others_go_on(openvino: Made) -> None:
     assert openvino.path is not None
     engine = OpenVINOStreams(openvino.path, None, threads=2)
-    sizes = chain([40], repeat(64, 20_000))
+    images = ((size, np.zeros((1, 3, size, size), np.float32)) for size in chain([40], repeat(64, 20_000)))
     with pytest.raises(RuntimeError, match="Caught exception"):
-        for _ in engine.each(lambda: (size := next(sizes, None)) and (size, np.zeros((1, 3, size, size), np.float32))):
+        for _ in engine.each(lambda: next(images, None)):
             pass
-    assert next(sizes, None), "not only when nothing was left"
+    assert next(images, None), "not only when nothing was left"
 
 
 def test_a_form_that_is_replaced_is_gone(openvino: Made) -> None:
