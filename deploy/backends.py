@@ -12,14 +12,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from actors.errors import DeadlineExceeded, FleetError, PoisonedImage, ReplicaUnavailable
 from actors.schemas import Answer, ModelInfo, PredictParams, TensorAnswer, Terms, Vitals
@@ -28,7 +28,7 @@ from deploy.release import INGRESS
 from deploy.replica import ModelReplica
 from deploy.settings import APP_NAME
 
-REPLICA_DIED = (RayActorError, OutOfMemoryError, NodeDiedError)
+REPLICA_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)  # the last: its node did, with the answer
 PAUSE_S = 0.05  # before the next try, while the router learns of the death
 VITALS_TIMEOUT_S = 1.0
 GRACE_S = 2.0  # beyond the deadline for the replica's own, better worded refusal to arrive
@@ -66,9 +66,14 @@ class RemoteModel:
         self._quarantine = Quarantine()
 
     async def describe(self) -> ModelInfo:
-        """What the model is, as any of its replicas tells."""
-        info: ModelInfo = await unwrapped(self._handle.describe.remote())
-        return info
+        """What the model is, as any of its replicas tells; asks until one lives to answer or the caller has had enough."""
+        while True:
+            try:
+                info: ModelInfo = await unwrapped(self._handle.describe.remote())
+            except REPLICA_DIED as error:
+                await self._again(error)
+            else:
+                return info
 
     async def detect(self, image: bytes, params: PredictParams, terms: Terms, annotate: bool) -> Answer:
         """Detect in one encoded image; see Backend."""
@@ -81,28 +86,29 @@ class RemoteModel:
         return answer
 
     async def frames(self, video: bytes, params: PredictParams, terms: Terms, stride: int) -> AsyncGenerator[Answer, None]:
-        """Detect in a video; after a replica's death another one goes on with the frame that was not answered yet."""
+        """Detect in a video; after a replica's death another one goes on, alone, with the frame that was not answered yet."""
         digest = digest_of(video) if self._quarantine else None
-        done = died_at = 0
-        deaths = 0
+        done, alone = 0, False
         while (seconds := terms.deadline - time.monotonic()) > 0:
             if digest and self._quarantine.verdict(digest) is Verdict.CONDEMNED:
                 raise poisoned("video")
+            begun = False  # alone in the replica, which has not answered a frame yet
             try:
-                stream = self._handle.options(stream=True).frames.remote(video, params, seconds, stride, done)
-                async with aclosing(_unwrapped_stream(stream)) as answers:
+                stream = self._handle.options(stream=True).frames.remote(video, params, seconds, stride, done, alone)
+                async with aclosing(_unwrapped_stream(stream, terms.deadline)) as answers:
                     async for answer in answers:
-                        done += 1
-                        yield answer
+                        begun = answer is None
+                        if answer is not None:
+                            done += 1
+                            yield answer
                 return
             except REPLICA_DIED as error:
-                digest = digest or digest_of(video)
-                deaths = deaths + 1 if done == died_at else 1
-                died_at = done
-                if deaths > 1:  # twice without a frame between them
+                digest, alone = digest or digest_of(video), True
+                if begun and _was_killed(error):
                     self._quarantine.condemn(digest)
-                self._on_retry(_who_died(error))
-                await asyncio.sleep(PAUSE_S)
+                await self._again(error)
+            except TimeoutError:
+                break
         raise _too_late()
 
     async def vitals(self) -> list[Vitals]:
@@ -121,14 +127,13 @@ class RemoteModel:
             try:
                 async with asyncio.timeout(seconds + GRACE_S):
                     if digest and verdict is Verdict.SUSPECT:
-                        return await self._alone(method, digest, arguments(seconds))
-                    return await unwrapped(getattr(self._handle, method).remote(*arguments(seconds)))
+                        return await self._alone(method, digest, arguments(seconds), terms.deadline)
+                    return await _answered(getattr(self._handle, method).remote(*arguments(seconds)))
             except REPLICA_DIED as error:
                 digest = digest or digest_of(data)
                 if verdict is Verdict.CLEAR:
                     self._quarantine.suspect(digest)
-                self._on_retry(_who_died(error))
-                await asyncio.sleep(PAUSE_S)
+                await self._again(error)
             except PoisonedImage:  # a replica has learnt it from its neighbours
                 self._quarantine.condemn(digest_of(data))
                 raise
@@ -136,19 +141,24 @@ class RemoteModel:
                 break
         raise _too_late()
 
-    async def _alone(self, method: str, digest: bytes, arguments: tuple[Any, ...]) -> Any:
+    async def _again(self, error: Exception) -> None:
+        """A replica has died: before the next try."""
+        self._on_retry(_who_died(error))
+        await asyncio.sleep(PAUSE_S)
+
+    async def _alone(self, method: str, digest: bytes, arguments: tuple[Any, ...], deadline: float) -> Any:
         """One try with nothing else in hand. Whoever dies of it was killed by it."""
         begun = False
         stream = getattr(self._handle.options(stream=True), f"{method}_alone").remote(*arguments)
         try:
-            async with aclosing(_unwrapped_stream(stream)) as answers:
+            async with aclosing(_unwrapped_stream(stream, deadline)) as answers:
                 async for answer in answers:
                     if answer is not None:
                         self._quarantine.clear(digest)
                         return answer
                     begun = True
-        except REPLICA_DIED:
-            if begun:
+        except REPLICA_DIED as error:
+            if begun and _was_killed(error):
                 self._quarantine.condemn(digest)
             raise
         except FleetError:
@@ -181,7 +191,8 @@ class PrivateModel:
 
     def frames(self, video: bytes, params: PredictParams, terms: Terms, stride: int) -> AsyncGenerator[Answer, None]:
         """Detect in a video; see Backend."""
-        return self.replica.frames(video, params, _left(terms), stride)
+        frames = self.replica.frames(video, params, _left(terms), stride)
+        return cast("AsyncGenerator[Answer, None]", frames)  # None is for who asks for ``alone``
 
     async def vitals(self) -> list[Vitals]:
         """What it tells of itself, and the replicas in the other ingresses as well."""
@@ -199,6 +210,11 @@ async def _vitals(handle: DeploymentHandle) -> list[Vitals]:
 
 def _who_died(error: Exception) -> str | None:
     return error.actor_id if isinstance(error, ActorDiedError) else None
+
+
+def _was_killed(error: Exception) -> bool:
+    """Whether the replica died of what it had in hand; where only its answer is lost, it had answered."""
+    return not isinstance(error, ObjectLostError)
 
 
 def _left(terms: Terms) -> float:
@@ -221,14 +237,26 @@ async def unwrapped(response: Any) -> Any:
         raise ReplicaUnavailable("The model's replicas could not be started: see the server's log") from error
 
 
-async def _unwrapped_stream(stream: DeploymentResponseGenerator) -> AsyncGenerator[Any, None]:
+async def _answered(response: DeploymentResponse) -> Any:
+    """The answer of a replica; whoever leaves before it, or is late, takes the replica's work along."""
+    try:
+        return await unwrapped(response)
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+async def _unwrapped_stream(stream: DeploymentResponseGenerator, deadline: float) -> AsyncGenerator[Any, None]:
+    """The answers of a replica; TimeoutError where the next one is not there soon after the deadline."""
     items = aiter(stream)
     try:
         while True:
             try:
-                item = await unwrapped(anext(items))
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0.0) + GRACE_S):
+                    item = await unwrapped(anext(items))
             except StopAsyncIteration:
                 return
             yield item
-    finally:
+    except (asyncio.CancelledError, GeneratorExit, TimeoutError):
         stream.cancel()  # whoever leaves before the end takes the replica's work along
+        raise

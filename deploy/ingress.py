@@ -7,6 +7,7 @@ other models are reached through handles all the same.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -55,6 +56,7 @@ REPORT_S = 1.0  # the queues' gauges follow every change within it
 RECENT_BYTES = 32_000_000  # of each model's latest images, which a new version of its weights is compared on
 
 T = TypeVar("T", Answer, TensorAnswer)
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -339,9 +341,15 @@ class Ingress:
         """A replica that shall go is given time to answer what it has. Streams would not end: they are asked to leave."""
         while self._stays:
             await asyncio.sleep(TTL_S)
-            if not await asyncio.to_thread(is_wanted, ray.get_runtime_context().get_actor_id() or ""):
+            try:
+                wanted = await asyncio.to_thread(is_wanted, _own_actor())
+            except Exception:  # Serve's controller may be about to start again
+                log.warning("Serve does not tell whether this ingress shall go on", exc_info=True)
+                continue
+            if not wanted:
                 for stay in self._stays:
-                    stay.reschedule(0)
+                    if not stay.expired():
+                        stay.reschedule(0)
 
     def _connected(self, served: _Served, change: int) -> None:
         served.streams += change

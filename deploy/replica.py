@@ -99,24 +99,29 @@ class ModelReplica:
             yield await self._detect(image, params, deadline, annotate)
 
     async def frames(
-        self, video: bytes, params: PredictParams, seconds: float, stride: int = 1, skip: int = 0
-    ) -> AsyncGenerator[Answer, None]:
+        self, video: bytes, params: PredictParams, seconds: float, stride: int = 1, skip: int = 0, alone: bool = False
+    ) -> AsyncGenerator[Answer | None, None]:
         """Detect in every ``stride``-th frame of an encoded video, in order, without the first ``skip`` of them.
+
+        With ``alone`` nothing else is in hand meanwhile; yields None when everything else is answered, then the answers.
 
         Raises:
             BadImage: not a video, or one beyond the limits.
             PoisonedImage: see ``detect``.
         """
         deadline, digest = time.monotonic() + seconds, digest_of(video)
-        suspect = self._suspects(digest, "video")
-        async with self._in_hand(digest, alone=suspect):
-            frames = await asyncio.to_thread(read_video, video, self._limits, stride)
-            for _ in range(skip):
-                await asyncio.to_thread(next, frames, None)
+        suspect = self._suspects(digest, "video") or alone
+        frames = None
         while True:
             async with self._in_hand(digest, alone=suspect):
-                chunk = await asyncio.to_thread(lambda: [frame for _, frame in islice(frames, FRAMES_AT_ONCE)])
-                futures = [self._detector.submit_frame(frame, params, deadline) for frame in chunk]
+                if frames is None:
+                    if alone:
+                        yield None
+                    frames = await asyncio.to_thread(read_video, video, self._limits, stride)
+                    for _ in range(skip):
+                        await asyncio.to_thread(next, frames, None)
+                chunk = await asyncio.to_thread(list, islice(frames, FRAMES_AT_ONCE))
+                futures = [self._detector.submit_frame(frame, params, deadline) for _, frame in chunk]
                 results = await asyncio.gather(*map(_settled, futures))
             if not chunk:
                 return

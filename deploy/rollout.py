@@ -311,7 +311,7 @@ def _compare(model: str, candidate: DeploymentHandle, rules: RolloutRules) -> Co
         found=found,
         old_ms=old_times,
         new_ms=new_times,
-        objection=_objection(model, found, errors, slowdown, rules),
+        objection=_objection(model, found, len(agreements), errors, slowdown, rules),
     )
 
 
@@ -325,7 +325,12 @@ def _settled(candidate: DeploymentHandle, timeout_s: float) -> ModelInfo:
         time.sleep(ENGINE_POLL_S)
 
 
-def _objection(model: str, found: Agreement, errors: int, slowdown: float, rules: RolloutRules) -> str | None:
+def _objection(model: str, found: Agreement, images: int, errors: int, slowdown: float, rules: RolloutRules) -> str | None:
+    if not images:
+        return (
+            f"The new '{model}' could not be compared, as the running one answers none of the images any more:"
+            " see the server's log, or give --force."
+        )
     if found.share < rules.min_agreement:
         failed = f" and fails on {errors} images" if errors else ""
         return (
@@ -391,19 +396,22 @@ def _asked(response: DeploymentResponse) -> Any:
 def _move(running: Release, new: Release, say: Say) -> None:
     """Replace what is to be replaced, in an order in which nobody is ever asked in vain.
 
+    Where nothing is, a deploy that was killed may have left other models all the same: the last step puts that right, and
+    otherwise finds the versions that run.
+
     Raises:
         RolloutRefused: it could not be done, and what ran before runs again.
     """
     before, after = running.deployments(), new.deployments()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if not changed:
-        say("nothing changes")
-        return
     timeout_s = new.settings.rollout.ready_timeout_s
     try:
-        say(f"traffic moves: {', '.join(changed)}")
-        run(app_of(running, models_of(running) | models_of(new)), timeout_s=timeout_s)
-        run(app_of(new, models_of(running) | models_of(new)), timeout_s=timeout_s)
+        if changed:
+            say(f"traffic moves: {', '.join(changed)}")
+            run(app_of(running, models_of(running) | models_of(new)), timeout_s=timeout_s)
+            run(app_of(new, models_of(running) | models_of(new)), timeout_s=timeout_s)
+        else:
+            say("nothing changes; what a deploy that was killed may have left is put right")
         run(app_of(new, models_of(new)), timeout_s=timeout_s)
     except BaseException as error:
         say("rolling back")

@@ -122,6 +122,10 @@ def test_latency_is_the_time_in_the_replica_without_waiting() -> None:
 def test_what_speaks_against_other_weights_is_said(
     found: Agreement, errors: int, slowdown: float, sentence: str | None
 ) -> None:
-    objection = _objection("m", found, errors, slowdown, RolloutRules(max_slowdown=1.5))
+    objection = _objection("m", found, 100, errors, slowdown, RolloutRules(max_slowdown=1.5))
     assert objection is None if sentence is None else sentence in str(objection)
-    assert _objection("m", Agreement(1, 1, 1), 0, 99.0, RolloutRules()) is None
+    assert _objection("m", Agreement(1, 1, 1), 1, 0, 99.0, RolloutRules()) is None
+
+
+def test_what_was_never_compared_does_not_pass() -> None:
+    assert "could not be compared" in str(_objection("m", total([]), 0, 0, 1.0, RolloutRules(min_agreement=0.0)))
