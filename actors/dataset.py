@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from fsspec.utils import glob_translate
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
@@ -199,8 +198,9 @@ def _walk(filesystem: FileSystem, folder: str) -> Iterator[tuple[str, str | None
             yield f"{scheme}://{info.path}", version_of(info)
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # it has gone since its parent was listed
+        raise error
 
 
 def _images(files: Iterable[tuple[str, str | None]]) -> dict[str, str | None]:

@@ -257,6 +257,6 @@ async def _unwrapped_stream(stream: DeploymentResponseGenerator, deadline: float
             except StopAsyncIteration:
                 return
             yield item
-    except (asyncio.CancelledError, GeneratorExit, TimeoutError):
+    except (asyncio.CancelledError, GeneratorExit, TimeoutError, ObjectLostError):
         stream.cancel()  # whoever leaves before the end takes the replica's work along
         raise

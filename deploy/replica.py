@@ -44,6 +44,7 @@ from deploy.spread import Place
 
 FRAMES_AT_ONCE = 8  # of a video, in the detector
 RECENT_BATCHES = 32
+HANDOVER_S = 0.5  # at most, until an answer has arrived and its caller leaves: the next one alone may kill this process
 
 T = TypeVar("T")
 
@@ -97,23 +98,25 @@ class ModelReplica:
         async with self._in_hand(digest, alone=True):
             yield None
             yield await self._detect(image, params, deadline, annotate)
+            await asyncio.sleep(HANDOVER_S)
 
     async def frames(
         self, video: bytes, params: PredictParams, seconds: float, stride: int = 1, skip: int = 0, alone: bool = False
     ) -> AsyncGenerator[Answer | None, None]:
         """Detect in every ``stride``-th frame of an encoded video, in order, without the first ``skip`` of them.
 
-        With ``alone`` nothing else is in hand meanwhile; yields None when everything else is answered, then the answers.
+        With ``alone`` nothing else is in hand with its first frames; yields None when everything else is answered, then the
+        answers.
 
         Raises:
             BadImage: not a video, or one beyond the limits.
             PoisonedImage: see ``detect``.
         """
         deadline, digest = time.monotonic() + seconds, digest_of(video)
-        suspect = self._suspects(digest, "video") or alone
+        suspect = self._suspects(digest, "video")
         frames = None
         while True:
-            async with self._in_hand(digest, alone=suspect):
+            async with self._in_hand(digest, alone=suspect or alone):
                 if frames is None:
                     if alone:
                         yield None
@@ -123,6 +126,7 @@ class ModelReplica:
                 chunk = await asyncio.to_thread(list, islice(frames, FRAMES_AT_ONCE))
                 futures = [self._detector.submit_frame(frame, params, deadline) for _, frame in chunk]
                 results = await asyncio.gather(*map(_settled, futures))
+            alone = False
             if not chunk:
                 return
             for result in results:
@@ -146,6 +150,7 @@ class ModelReplica:
         async with self._in_hand(digest, alone=True):
             yield None
             yield await self._infer(inputs, deadline)
+            await asyncio.sleep(HANDOVER_S)
 
     def describe(self) -> ModelInfo:
         """What this replica has loaded, and the GPU memory that it has needed so far."""

@@ -432,16 +432,16 @@ async def legacy_infer(
     if info.task not in TASK_TYPES:
         raise BadRequest(f"'{info.name}' is a model of the task '{info.task}': send this to {_path(info)}")
     params = query.params(info)
-    image = await _in_time(call, _legacy_image(request, query))
+    image = await _legacy_image(request, query, call)
     answer = await call.detect(info.name, image, params, annotate=query.format != "json")
     if query.format == "image":
         return Response(answer.picture, media_type="image/jpeg")
     return inference_answer(answer, params, query.keypoint_confidence)
 
 
-async def _legacy_image(request: Request, query: LegacyQuery) -> bytes:
+async def _legacy_image(request: Request, query: LegacyQuery, call: Call) -> bytes:
     if query.image is not None:
-        return await load_source(request, "url", query.image)
+        return await _in_time(call, load_source(request, "url", query.image))
     if "multipart/form-data" in request.headers.get("content-type", "").lower():
         async with request.form() as form:
             file = form.get("file")
