@@ -162,7 +162,7 @@ async def test_a_key_over_its_rate_is_told_when_to_come_back_and_others_are_not_
         assert [(await client.get("/models", **slow)).status_code for _ in range(3)] == [200, 200, 429]
         refused = await client.get("/models", **slow)
         assert refused.json()["error"]["code"] == "rate_limited" and "'bob' may ask 2 times" in refused.text
-        assert refused.headers["retry-after"] == "30"
+        assert 25 <= int(refused.headers["retry-after"]) <= 30  # less where the machine is busy
         assert (await client.get("/models", headers={"x-api-key": KEY})).status_code == 200
         assert (await client.get("/healthz", **slow)).status_code == 200
 
