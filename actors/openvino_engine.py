@@ -162,11 +162,12 @@ class OpenVINOStreams(OpenVINOBackend):  # type: ignore[misc]
             return self._forms[use]
         if not self._any_shape:
             return self._keep(use, self._compiled(use))
-        if not {(FREE, streams)} & (self._forms.keys() | self._failed):
-            self._compile((FREE, streams))
+        free = FREE, streams
+        if free not in self._forms and free not in self._failed:
+            self._compile(free)
         elif self._deserves_a_form(use):
             self._compile(use)
-        return self._forms.get((FREE, streams)) or self._forms[FREE, 1]
+        return self._forms.get(free) or self._forms[FREE, 1]
 
     def _count(self, use: Use) -> None:
         self._images[use] += 1

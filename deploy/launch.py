@@ -35,7 +35,6 @@ POLL_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
 ROUTE_TIMEOUT_S = 10.0
 PROXY_TIMEOUT_S = 60.0
-SLOW_PROXY = (ActorDiedError, TimeoutError)  # what serve.start raises; Serve ends one that takes too long, and begins another
 ANY_HOST = "0.0.0.0"  # noqa: S104 - listening everywhere is the user's choice, never the default
 
 
@@ -140,12 +139,12 @@ def _starting_serve(host: str, port: int, log: LogSettings) -> Iterator[None]:
         started = thread.submit(serve.start, http_options={"host": host, "port": port}, logging_config=for_serve(log))
         while not (serve.status().proxies or started.done()):
             time.sleep(POLL_S)
-        if started.done() and not isinstance(started.exception(), SLOW_PROXY):
+        if started.done():
             started.result()
         yield
         try:
             started.result()
-        except SLOW_PROXY as error:
+        except (ActorDiedError, TimeoutError) as error:  # Serve ends a proxy that takes too long, and begins another
             give_up = time.monotonic() + PROXY_TIMEOUT_S
             while ProxyStatus.HEALTHY not in serve.status().proxies.values():
                 if time.monotonic() > give_up:

@@ -40,7 +40,6 @@ from deploy.api.tensors import HEADER_LENGTH, Tensor, TensorRequest, bad_request
 from deploy.api.ultralytics import summary
 
 ONE_VERSION = "1"
-LARGE = 1_000_000  # characters of base64 that are not decoded on the event loop
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "schedule_policy", "statistics"]
 PRIORITY_LEVELS: tuple[Priority, ...] = ("normal", "high", "normal", "low")  # 0 is Triton's default, 1 its highest
 INFER_BODY = {
@@ -256,9 +255,7 @@ async def infer(request: Request, model: str, call: TheCall) -> Response:
         parameters.refuse_thresholds()
         outputs = await _run_engine(call, model, tensor)
     else:
-        large = tensor.from_json and sum(map(len, tensor.values)) > LARGE  # others are quicker here than in a thread
-        images = await asyncio.to_thread(_images, tensor) if large else _images(tensor)
-        answers = await call.detect_all(model, images, parameters.thresholds())
+        answers = await call.detect_all(model, _images(tensor), parameters.thresholds())
         outputs = _ready_tensors([answer.result for answer in answers])
     head = {"model_name": model, "model_version": ONE_VERSION} | ({"id": asked.id} if asked.id else {})
     wanted = [outputs[name] for name in binary]

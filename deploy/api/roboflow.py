@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 VERSION = "1"  # of every model, as the registry tells it
 SERVER_ID = uuid.uuid4().hex
-LARGE = 1_000_000  # characters of base64 that are not decoded on the event loop
 DEFAULT_CONFIDENCE, DEFAULT_IOU = 0.4, 0.3  # Roboflow's
 
 TASK_TYPES = {  # our task → Roboflow's
@@ -222,10 +221,6 @@ async def load_source(request: Request, kind: str, value: Any) -> bytes:
         raise BadRequest(f"An image of the type '{kind}' has a string as its value")
     if kind == "url":
         return await fetch_image(request, value)
-    return await asyncio.to_thread(_decoded, value) if len(value) > LARGE else _decoded(value)
-
-
-def _decoded(value: str) -> bytes:
     encoded = value.partition(",")[2] if value.startswith("data:") else value
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,9 +54,9 @@ class Usage:
 
     def since(self, before: "Usage") -> dict[str, float]:
         """CPU seconds by role, of the processes that still live, since ``before``."""
-        spent: Counter[str] = Counter()
+        spent = defaultdict[str, float](float)
         for pid, seconds in self.cpu_s.items():
-            spent[self.roles[pid]] += seconds - before.cpu_s.get(pid, 0.0)  # type: ignore[assignment]  # Counter[str] is of int
+            spent[self.roles[pid]] += seconds - before.cpu_s.get(pid, 0.0)
         return dict(spent)
 
     def memory_of(self, role: str) -> list[float]:

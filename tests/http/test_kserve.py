@@ -6,7 +6,6 @@ import json
 import math
 import threading
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -147,27 +146,18 @@ async def test_compressed_bodies(client: httpx.AsyncClient, encoding: str, compr
         assert response.status_code == status and sentence in response.json()["error"]
 
 
-async def test_large_bodies_are_decoded_beside_the_event_loop(
+async def test_bodies_are_decompressed_beside_the_event_loop(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads: dict[str, threading.Thread] = {}
+    plain, threads = kserve._decompressed, list[threading.Thread]()
 
-    def seen(name: str) -> Callable[..., Any]:
-        plain = getattr(kserve, name)
+    def noting(*arguments: Any) -> bytes:
+        threads.append(threading.current_thread())
+        return plain(*arguments)
 
-        def noting(*arguments: Any) -> Any:
-            threads[name] = threading.current_thread()
-            return plain(*arguments)
-
-        return noting
-
-    for name in ("_decompressed", "_images"):
-        monkeypatch.setattr(kserve, name, seen(name))
+    monkeypatch.setattr(kserve, "_decompressed", noting)
     await infer(client, [files_input(picture(), binary=False)])
-    assert threads["_images"] is threading.current_thread() is not threads["_decompressed"]
-    monkeypatch.setattr(kserve, "LARGE", 0)
-    await infer(client, [files_input(picture(), binary=False)])
-    assert threads["_images"] is not threading.current_thread()
+    assert threads and threading.current_thread() not in threads
 
 
 async def test_a_time_out_and_a_priority_are_the_requests_terms(client: httpx.AsyncClient) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import pickle
-import threading
 from typing import Any
 
 import httpx
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from actors.errors import BadRequest
 from actors.schemas import Answer, Detection, ImageResult, ModelInfo, Points, PredictParams, Task, Timing
-from deploy.api import create_api, roboflow
+from deploy.api import create_api
 from deploy.api.roboflow import IGNORED, PATHS, InferRequest, LegacyQuery, class_ids, inference_answer, load_source, model_name
 from tests.conftest import picture
 from tests.http.conftest import LIMITS, OneDetectorFleet
@@ -440,19 +439,6 @@ def test_no_raw_body_is_too_odd(api: FastAPI, content: bytes, content_type: str)
 def test_base64_is_read_back(api: FastAPI, data: bytes) -> None:
     for prefix in ("", "data:image/png;base64,"):
         assert asyncio.run(load_source(request_to(api), "base64", prefix + encoded(data))) == data
-
-
-async def test_a_large_images_base64_is_decoded_beside_the_event_loop(api: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[threading.Thread] = []
-
-    def note(value: str) -> bytes:
-        threads.append(threading.current_thread())
-        return b""
-
-    monkeypatch.setattr(roboflow, "_decoded", note)
-    for length in (roboflow.LARGE, roboflow.LARGE + 1):
-        await load_source(request_to(api), "base64", "A" * length)
-    assert [thread is threading.current_thread() for thread in threads] == [True, False]
 
 
 @given(st.text(max_size=12) | st.just("url"), JSON)

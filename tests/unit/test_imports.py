@@ -397,7 +397,7 @@ ALLOWED = {
 PEERS = {f"deploy.bench.peers.{path.stem}" for path in (REPOSITORY / "deploy" / "bench" / "peers").glob("*.py")}
 ONLY_IMPORTERS = {
     "supervision": {"actors.annotate", "actors.crossings", "actors.results"},
-    "cv2": {"actors.clips", "actors.images", "actors.video", *PEERS, "deploy.demo.train"},
+    "cv2": {"actors.clips", "actors.images", "actors.verify", "actors.video", *PEERS, "deploy.demo.train"},
     "PIL": {"actors.images", *PEERS},
     "torch": {
         "actors.engines",

@@ -49,6 +49,20 @@ async def test_a_video_says_when_it_is_alone_in_hand_and_not_before(shell: Model
     assert len([answer async for answer in shell.frames(clip, PredictParams(), 60.0)]) == 3
 
 
+async def test_an_image_is_alone_in_hand_until_its_answer_has_arrived(shell: ModelReplica) -> None:
+    """Else the next one alone, which kills the process, takes an answer along that was on its way."""
+    async with aclosing(shell.detect_alone(picture(), PredictParams(), 60.0)) as answers:
+        assert await anext(answers) is None
+        assert await anext(answers)
+        goes_on = asyncio.create_task(anext(answers))
+        await asyncio.sleep(0)
+        assert in_hand(shell._journal) == 1
+        goes_on.cancel()  # as Serve does when the caller leaves
+        with pytest.raises(asyncio.CancelledError):
+            await goes_on
+    assert in_hand(shell._journal) == 0
+
+
 async def test_an_image_whose_client_has_gone_leaves_nothing_in_hand(shell: ModelReplica, tmp_path: Path) -> None:
     (tmp_path / "gate").touch()
     asked = [asyncio.create_task(shell.detect(picture(blue=blue), PredictParams(), 60.0)) for blue in range(2)]
