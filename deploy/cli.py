@@ -84,7 +84,7 @@ def serve(
     """Serve models over HTTP until Ctrl-C."""
     if haproxy:
         with explained():
-            use_haproxy()  # before Ray is imported
+            use_haproxy(port)  # before Ray is imported
     from deploy.config import read_config
     from deploy.keys import KeyFile
     from deploy.launch import cluster_address, local_ray, reservation, running_app, stop_signals

@@ -25,6 +25,7 @@ HAPROXY_FILES = {
 }
 
 QUIET_PORTS = range(20_000, 30_000)  # above those of Ray's workers, below Serve's replicas' and the ephemeral ones
+_given: set[int] = set()  # what free_port has promised, or the user has chosen, and nobody may listen on yet
 
 
 def prepare_environment() -> None:
@@ -46,13 +47,16 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.2")  # else the controller takes twice as much when idle
 
 
-def use_haproxy() -> None:
+def use_haproxy(endpoint: int = 0) -> None:
     """Let Serve put HAProxy before the ingresses instead of its own proxy. It is a switch of the whole cluster.
 
     Its ports for statistics, and that of the proxy behind it for applications that just begin, are fixed by default, and two
     fleets on one machine would meet there and answer each other's requests: here each gets its own, as each user gets a
     folder. Serve waits on every stop until HAProxy has surely seen it, by default half a minute, which is meant
     for clusters. Serve starts it through deploy/haproxy.py, but for a ``RAY_SERVE_HAPROXY_BINARY_PATH`` of the user's own.
+
+    Args:
+        endpoint: the port that the user wants for requests, which none of HAProxy's own may be.
 
     Raises:
         BadRequest: HAProxy is not installed.
@@ -62,6 +66,7 @@ def use_haproxy() -> None:
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(Path(sysconfig.get_path("scripts"), "yolofleet-haproxy")))
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
+    _given.add(endpoint)
     for variable in HAPROXY_PORTS:
         os.environ.setdefault(variable, str(free_port()))
     folder = Path(tempfile.gettempdir(), f"haproxy-{os.getuid()}")  # short: a socket's path has 107 characters
@@ -83,13 +88,16 @@ def haproxy_binary() -> str | None:
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody listens on at present, nor is given who asks the system for any, as Ray's processes do by the dozen.
 
-    One that the system picked was the default of Ray's agent, which then was there first.
+    One that the system picked was the default of Ray's agent, which then was there first. No port is given twice: it is
+    taken long after it was asked for, and one that was HAProxy's for metrics was the endpoint's as well, once in 2,500 starts.
 
     Raises:
         OSError: ``host`` is no address of this machine.
     """
     while True:
         port = secrets.choice(QUIET_PORTS)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind((host, port))
@@ -97,4 +105,5 @@ def free_port(host: str = "127.0.0.1") -> int:
                 if error.errno != errno.EADDRINUSE:
                     raise
             else:
+                _given.add(port)
                 return port

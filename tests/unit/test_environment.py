@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -88,7 +88,7 @@ def listening(process: int) -> list[Any]:
 
 def test_a_free_port_is_none_that_the_system_gives_to_others_and_is_looked_for_on_own_addresses_only() -> None:
     ports = {free_port() for _ in range(100)}
-    assert len(ports) > 50 and ports <= set(QUIET_PORTS)
+    assert len(ports) == 100 and ports <= set(QUIET_PORTS)
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert max(QUIET_PORTS) < lowest
     with pytest.raises(OSError, match="assign"):
@@ -97,8 +97,24 @@ def test_a_free_port_is_none_that_the_system_gives_to_others_and_is_looked_for_o
 
 def test_a_free_port_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, free = free_port(), free_port()
-    offered = iter((taken, free))
-    monkeypatch.setattr("deploy.environment.secrets.choice", lambda ports: next(offered))
+    monkeypatch.setattr("deploy.environment._given", set())
+    monkeypatch.setattr("deploy.environment.secrets.choice", offering(taken, free))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", taken))
         assert free_port() == free
+
+
+def test_no_port_is_given_twice_nor_the_endpoints_to_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given is not listened on at once, so that it looks free."""
+    endpoint, *own, after = (free_port() for _ in range(2 + len(HAPROXY_PORTS)))
+    monkeypatch.setattr("deploy.environment._given", set())
+    monkeypatch.setattr("deploy.environment.secrets.choice", offering(endpoint, *own, own[1], after))
+    use_haproxy(endpoint)
+    assert [os.environ[variable] for variable in HAPROXY_PORTS] == [str(port) for port in own]
+    assert free_port() == after
+
+
+def offering(*ports: int) -> Callable[[range], int]:
+    """What takes the place of ``secrets.choice``."""
+    left = iter(ports)
+    return lambda _: next(left)
