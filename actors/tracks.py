@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 
 from actors.annotate import annotate
 from actors.clips import frame_rate, read_frames, write_clip
-from actors.errors import FleetError
+from actors.errors import FleetError, PoisonedImage
 from actors.hardware import step_back
 from actors.ledger import TRACKS, Ledger
 from actors.right_of_way import give_way, node_folder
 from actors.settings import TrackerSettings
 from actors.storage import Storage, credentials
 from actors.tracker import StreamTracker
-from actors.writers import SCHEMA, Place, result_of, row, table
+from actors.writers import SCHEMA, Place, readable_stem, result_of, row, table
 
 ROWS_AT_ONCE = 1024
 
@@ -67,20 +67,29 @@ def track_clips(settings: TrackSettings, clips: Iterable[str], at_once: int, num
         How many tracks there are in all videos.
 
     Raises:
-        FleetError: a video can no longer be read.
+        FleetError: a video can no longer be read, or its process dies each time; the others' tracks are there by then.
     """
     task = ray.remote(num_cpus=num_cpus)(track_clip)
     waiting, tracks = iter(clips), 0
-    running: list[Any] = []
+    running: dict[Any, str] = {}
+    failed: list[FleetError] = []
     while True:
-        running += [task.remote(settings, clip) for clip in islice(waiting, at_once - len(running))]
+        running |= {task.remote(settings, clip): clip for clip in islice(waiting, at_once - len(running))}
         if not running:
-            return tracks
-        done, running = ray.wait(running)
+            break
+        (done,), _ = ray.wait(list(running))
+        clip = running.pop(done)
         try:
-            tracks += sum(ray.get(done))
+            tracks += ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, FleetError) else error from None
+            if not isinstance(error.cause, FleetError):
+                raise error from None
+            failed.append(type(error.cause)(f"{clip}: {error.cause.message}"))
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            failed.append(PoisonedImage(f"{clip}: its process died each time ({type(error).__name__}), take it out"))
+    if failed:
+        raise type(failed[0])(failed[0].message + (f" ({len(failed) - 1} more failed)" if failed[1:] else ""))
+    return tracks
 
 
 def track_clip(settings: TrackSettings, clip: str) -> int:
@@ -114,7 +123,7 @@ def track_clip(settings: TrackSettings, clip: str) -> int:
 
 def clip_name(clip: str) -> str:
     """What a video's files are called: its own name, and a hash of its place, so that two of one name do not meet."""
-    return f"{Path(clip).stem}-{hashlib.sha256(clip.encode()).hexdigest()[:8]}"
+    return f"{readable_stem(clip)}-{hashlib.sha256(clip.encode()).hexdigest()[:8]}"
 
 
 def _is_made_of(detected: pa.Table, storage: Storage, tracks: str) -> bool:

@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from actors.schemas import Detection, ImageResult, Points
 
+STEM_BYTES = 200  # of the 255 that a file's name may have
+
 _COORDINATES = pa.list_(pa.float32())
 _POINTS = pa.struct([("x", _COORDINATES), ("y", _COORDINATES), ("visible", _COORDINATES)])
 
@@ -97,8 +99,12 @@ def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 def picture_name(uri: str) -> str:
     """What the picture with an input's boxes is called in the output folder: readable, and of no other input."""
-    stem = PurePosixPath(uri.replace("#", "/")).stem
-    return f"annotated/{stem}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.jpg"
+    return f"annotated/{readable_stem(uri.replace('#', '/'))}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.jpg"
+
+
+def readable_stem(path: str) -> str:
+    """The name of an input's file without its suffix, cut where it would leave no room for what names of ours have besides."""
+    return PurePosixPath(path).stem.encode()[:STEM_BYTES].decode(errors="ignore")
 
 
 def _detection(detection: Detection) -> dict[str, Any]:

@@ -6,6 +6,7 @@ first imported.
 
 import json
 import logging
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -525,6 +526,7 @@ def _run_job(
 def main() -> None:
     """Entry point of the command."""
     prepare_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends what a command has started, as Ctrl-C does
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     app()
 

@@ -45,6 +45,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "1000")  # else ten times a second in every process of Serve
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "15")  # three times: else a busy machine's is begun anew
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.2")  # else the controller takes twice as much when idle
+    # Ray's log monitor brings workers' output to drivers, and ours want none: else it looks for new files ten times a second.
+    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+    os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 
 
 def use_haproxy(endpoint: int = 0) -> None:

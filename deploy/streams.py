@@ -75,6 +75,10 @@ class TrackerActor:
         self._held = {stream.settings.stream: _Held(stream) for stream in streams}
         threading.Thread(target=self._watch, daemon=True).start()
 
+    def limit(self, images: ImageLimits, limits: StreamLimits) -> None:
+        """Heed these limits from now on: it outlives the application that has begun it, whose next version may have others."""
+        self._images, self._limits = images, limits
+
     def open(self, settings: StreamSettings, connection: str) -> bool:
         """Let ``connection`` have the stream, which begins if it does not run; whether sightings must bring pixels."""
         held = self._hold(settings)
@@ -226,9 +230,12 @@ class Streams:
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 while True:
-                    actor = self._actors.get(name) or await asyncio.to_thread(self._start, name)
-                    self._actors[name] = actor
                     try:
+                        actor: Any = self._actors.get(name)
+                        if actor is None:
+                            actor = await asyncio.to_thread(self._start, name)
+                            await unwrapped(actor.limit.remote(self._images, self._limits))
+                            self._actors[name] = actor
                         return await unwrapped(getattr(actor, method).remote(*arguments))
                     except ACTOR_DIED:
                         self._actors.pop(name, None)

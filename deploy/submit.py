@@ -3,7 +3,8 @@
     yolofleet submit … -- predict …  ─→ JobSubmissionClient ─→ python -m deploy.batch predict … on the cluster
                exit status, output   ←─ polled ──────────────┘
 
-The log and the state are polled: Ray's own log stream ends with the connection, and says nothing about how the job ended.
+The log and the state are polled: Ray's own log stream ends with the connection, and says nothing about how the job ended. A
+poll that fails is made again for a minute, as a head that is busy or restarted does not end the job.
 """
 
 import shlex
@@ -19,6 +20,7 @@ from deploy.launch import LaunchError
 
 COMMANDS = ("predict", "track")
 POLL_S = 1.0
+AWAY_S = 60.0  # that the dashboard may not answer
 STOPPED_STATUS = 130  # as of a process that was interrupted
 
 
@@ -39,7 +41,7 @@ def submit_job(
 
     Raises:
         BadRequest: ``command`` is another one.
-        LaunchError: the cluster cannot be reached or refuses the job, or the job did not come to run.
+        LaunchError: the cluster cannot be reached or refuses the job, the job did not come to run, or the cluster is gone.
     """
     if command[0] not in COMMANDS:
         raise BadRequest(f"'{command[0]}' cannot be a job: submit {' or '.join(COMMANDS)}")
@@ -50,21 +52,31 @@ def submit_job(
             submission_id=job_id,
             runtime_env={"working_dir": str(working_dir)} if working_dir else {},
         )
-        say(f"job {job}: 'ray job stop --address {address} {job}' stops it, submitting again resumes\n")
-        return _wait(client, job, say)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
         raise LaunchError(
-            f"No job on '{address}': {reason}. Give the address of the cluster's dashboard, and RAY_AUTH_TOKEN"
+            f"No job on '{address}': {_reason(error)}. Give the address of the cluster's dashboard, and RAY_AUTH_TOKEN"
             " (with RAY_AUTH_MODE=token) if it asks for one"
         ) from error
+    say(f"job {job}: 'ray job stop --address {address} {job}' stops it, submitting again resumes\n")
+    return _wait(client, job, say)
 
 
 def _wait(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> int:
     shown = 0
+    answered = time.monotonic()
     while True:
-        details: Any = client.get_job_info(job)
-        log = client.get_job_logs(job)
+        try:
+            details: Any = client.get_job_info(job)
+            log = client.get_job_logs(job)
+        except (OSError, RuntimeError) as error:  # OSError: requests' own, too
+            if time.monotonic() - answered > AWAY_S:
+                raise LaunchError(
+                    f"The cluster no longer tells how the job {job} is doing: {_reason(error)}. It may go on, as"
+                    f" 'ray job status {job}' says when the cluster is there again; submitting again resumes what is not done"
+                ) from error
+            time.sleep(POLL_S)
+            continue
+        answered = time.monotonic()
         say(log[shown:])
         shown = len(log)
         if details.status.is_terminal():
@@ -75,3 +87,7 @@ def _wait(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> 
     if details.driver_exit_code is None:
         raise LaunchError(f"The job did not come to run: {details.message}")
     return int(details.driver_exit_code)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,9 +1,11 @@
 """``yolofleet bench`` from the command line to its report: that it measures everything, never how fast it is."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
-from subprocess import run
+from subprocess import Popen, run
 
+import psutil
 import pytest
 
 from actors.images import encode_jpeg
@@ -11,6 +13,7 @@ from deploy.bench.contest import PEERS
 from deploy.demo.scene import draw_scene
 from deploy.weights import EMBEDDED
 from tests.cli.test_command import COMMAND
+from tests.conftest import until
 
 
 @pytest.fixture
@@ -39,6 +42,24 @@ def test_serve_measures_the_endpoint_and_what_its_processes_take(scenes: Path, t
     assert len(report["memory_mb"]["replicas"]) == 1 < report["memory_mb"]["all"][0]
     assert min(report["start_s"], report["restart_s"], report["in_a_loop_ms"], report["limit"]["images_per_s"]) > 0
     assert "| 16 callers |" in done.stdout and (tmp_path / "serve.png").stat().st_size > 0
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_bench_that_is_ended_ends_its_servers(scenes: Path) -> None:
+    with Popen([*COMMAND, "bench", "serve", str(scenes), "--model", EMBEDDED.weights, "--no-sweep"]) as bench:
+        until(lambda: any(_serves(child) for child in psutil.Process(bench.pid).children()))
+        tree = psutil.Process(bench.pid).children(recursive=True)
+        bench.terminate()
+        assert bench.wait(90) == 130
+    assert not psutil.wait_procs(tree, 30)[1]
+
+
+def _serves(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):  # it ended meanwhile
+        return "--port" in process.cmdline()
+    return False
 
 
 @pytest.mark.long

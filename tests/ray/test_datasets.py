@@ -95,6 +95,15 @@ def test_from_a_bucket_to_a_bucket_cut_off_and_resumed_in_every_format(bucket: s
     assert run(job_of(*sources, **settings))["results"] == 40
 
 
+def test_the_longest_names_have_a_picture_of_their_own_too(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for end in "ab":
+        (folder / f"{'é' * 125}{end}.png").write_bytes(picture())  # 255 bytes
+    summary = run(job_of(str(folder), out=out, annotate=True))
+    assert (summary["results"], len(list((out / "annotated").iterdir()))) == (2, 2)
+
+
 def test_what_changed_and_what_is_retried_is_computed_again_and_nothing_else(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

@@ -20,6 +20,7 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
+from actors.errors import TooManyStreams
 from actors.settings import ActorSettings, ImageLimits, StreamSettings
 from deploy.settings import HttpLimits, Replicas, ServedModel, StreamLimits
 from deploy.streams import Streams
@@ -39,6 +40,16 @@ async def test_a_stream_that_nobody_uses_ends_and_so_does_its_actor() -> None:
     assert [status.stream for status in await streams.statuses()] == ["idle"]
     await asyncio.to_thread(until, lambda: not processes("TrackerActor"))
     assert await streams.statuses() == []
+
+
+async def test_limits_that_are_raised_reach_trackers_that_run() -> None:
+    first, second = (StreamSettings(stream=name, model="fake") for name in ("first", "second"))
+    before, after = (Streams(ImageLimits(), StreamLimits(trackers=1, max_per_tracker=most, idle_s=2)) for most in (1, 2))
+    await before.open(first, True, lambda _: None)
+    with pytest.raises(TooManyStreams, match="max_per_tracker"):
+        await before.open(second, True, lambda _: None)
+    await after.open(second, True, lambda _: None)
+    await asyncio.to_thread(until, lambda: not processes("TrackerActor"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from ultralytics import YOLO
 
 from actors.clips import list_frames, read_frames, write_clip
-from actors.errors import BadRequest, TooManyErrors
+from actors.errors import BadImage, BadRequest, TooManyErrors
 from actors.ledger import METADATA_KEY
 from actors.results import read_rows
 from actors.schemas import PredictParams
@@ -129,6 +130,18 @@ def test_what_is_tracked_is_not_tracked_again_and_other_formats_can_be_had_later
     run(again)
     assert file.stat().st_mtime_ns == before
     assert (clip.parent.parent / "out" / "mot" / f"{clip_name(str(clip))}.txt").exists()
+
+
+def test_a_video_that_can_no_longer_be_read_costs_no_other_its_tracks(clip: Path) -> None:
+    other = shutil.copy(clip, clip.with_name("other.mp4"))
+    run(job_of(clip.parent, actors=1))
+    job = job_of(clip.parent, actors=1, annotate=True)
+    assert job.remaining == []
+    clip.write_bytes(b"gone")
+    with pytest.raises(BadImage, match=r"belt\.mp4"):
+        run(job)
+    (drawn,) = (clip.parent.parent / "out" / "annotated").iterdir()
+    assert drawn.name == f"{clip_name(str(other))}.mp4"
 
 
 def test_a_job_whose_inputs_fail_is_stopped_with_a_sentence_and_goes_on_with_more_patience(clip: Path) -> None:

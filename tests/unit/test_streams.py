@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError
@@ -19,6 +20,7 @@ class Lives:
     def __init__(self, *outcomes: Exception | str) -> None:
         self.outcomes = deque(outcomes)
         self.statuses = self
+        self.limit = Mock(remote=AsyncMock())
 
     async def remote(self) -> str:
         outcome = self.outcomes.popleft()
