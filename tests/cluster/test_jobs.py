@@ -108,12 +108,11 @@ def test_a_stopped_job_ends_cleanly_and_goes_on_when_submitted_again_either_way(
 
 
 def test_a_job_ends_with_its_own_status(dashboard: str, inputs: Path) -> None:
-    """Three at once: one that succeeds, and two that are refused."""
-    nowhere, relative = inputs.parent / "none", predict(inputs)
+    """Two at once: one that succeeds, and one that is refused."""
+    relative = predict(inputs)
     relative[relative.index("--out") + 1] = "results"
     expected = {
         submit(dashboard, *predict(inputs)): (0, f"{INPUTS} inputs: {INPUTS} results, 0 dead letters"),
-        submit(dashboard, *predict(nowhere)): (2, f"There is nothing at '{nowhere}'"),
         submit(dashboard, *relative): (2, "give an absolute path"),
     }
     for process, (status, sentence) in expected.items():

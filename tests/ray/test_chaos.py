@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-SECONDS = 20 if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else 60
+SECONDS = 20 if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else 45
 POISON = 250
 MODEL = ServedModel(
     name="chaos",  # what other tests' replicas have died of is remembered by model

@@ -271,7 +271,7 @@ def test_all_code_that_makes_or_judges_an_engine_is_in_its_key() -> None:
     assert {name.removeprefix("actors.") for name in ALLOWED["actors.exporter"]} - words <= {*OWN_CODE}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_int8_is_fitted_alike_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images").mkdir()
     for seed in range(12):
