@@ -1,4 +1,4 @@
-"""Encoded bytes → pixels → an engine's input: the one importer of OpenCV and Pillow.
+"""Encoded bytes → pixels → an engine's input: the one importer of Pillow.
 
     bytes ─ signature? ─ header within limits? ─ complete? ─ decode → (H, W, 3) uint8 BGR
                  └──────────────┴───────────────────┴──────────┴──→ BadImage with a reason

@@ -75,12 +75,12 @@ class TrackerActor:
         self._held = {stream.settings.stream: _Held(stream) for stream in streams}
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def limit(self, images: ImageLimits, limits: StreamLimits) -> None:
-        """Heed these limits from now on: it outlives the application that has begun it, whose next version may have others."""
-        self._images, self._limits = images, limits
+    def open(self, settings: StreamSettings, connection: str, images: ImageLimits, limits: StreamLimits) -> bool:
+        """Let ``connection`` have the stream, which begins if it does not run; whether sightings must bring pixels.
 
-    def open(self, settings: StreamSettings, connection: str) -> bool:
-        """Let ``connection`` have the stream, which begins if it does not run; whether sightings must bring pixels."""
+        The limits hold from now on: this actor outlives the application that began it, whose next version may have others.
+        """
+        self._images, self._limits = images, limits
         held = self._hold(settings)
         with held.lock:
             if connection:
@@ -196,7 +196,8 @@ class Streams:
         """
         connection = uuid.uuid4().hex if exclusive else ""
         deadline = time.monotonic() + ANSWER_S
-        needs_frames = await self._ask(self._actor_of(settings.stream), deadline, "open", settings, connection)
+        told = settings, connection, self._images, self._limits
+        needs_frames = await self._ask(self._actor_of(settings.stream), deadline, "open", *told)
         return RemoteStream(self.follow, settings, connection, needs_frames, on_frame)
 
     async def follow(self, settings: StreamSettings, sighting: Sighting, terms: Terms) -> Tracked:
@@ -230,12 +231,9 @@ class Streams:
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 while True:
+                    actor = self._actors.get(name) or await asyncio.to_thread(self._start, name)
+                    self._actors[name] = actor
                     try:
-                        actor: Any = self._actors.get(name)
-                        if actor is None:
-                            actor = await asyncio.to_thread(self._start, name)
-                            await unwrapped(actor.limit.remote(self._images, self._limits))
-                            self._actors[name] = actor
                         return await unwrapped(getattr(actor, method).remote(*arguments))
                     except ACTOR_DIED:
                         self._actors.pop(name, None)

@@ -52,7 +52,7 @@ def submit_job(
             submission_id=job_id,
             runtime_env={"working_dir": str(working_dir)} if working_dir else {},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # OSError: ConnectionError, and requests' own
         raise LaunchError(
             f"No job on '{address}': {_reason(error)}. Give the address of the cluster's dashboard, and RAY_AUTH_TOKEN"
             " (with RAY_AUTH_MODE=token) if it asks for one"
@@ -68,7 +68,7 @@ def _wait(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> 
         try:
             details: Any = client.get_job_info(job)
             log = client.get_job_logs(job)
-        except (OSError, RuntimeError) as error:  # OSError: requests' own, too
+        except (OSError, RuntimeError) as error:
             if time.monotonic() - answered > AWAY_S:
                 raise LaunchError(
                     f"The cluster no longer tells how the job {job} is doing: {_reason(error)}. It may go on, as"
@@ -90,4 +90,4 @@ def _wait(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> 
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")

@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from typing import Any
-from unittest.mock import AsyncMock, Mock
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError
@@ -20,7 +19,6 @@ class Lives:
     def __init__(self, *outcomes: Exception | str) -> None:
         self.outcomes = deque(outcomes)
         self.statuses = self
-        self.limit = Mock(remote=AsyncMock())
 
     async def remote(self) -> str:
         outcome = self.outcomes.popleft()

@@ -23,6 +23,8 @@ class FakeClient:
         self.logged = 0
 
     def submit_job(self, **job: Any) -> str:
+        if not self.polls:
+            raise requests.ConnectionError("reset.")
         return "j"
 
     def get_job_info(self, job: str) -> Any:
@@ -49,6 +51,12 @@ def test_polls_that_fail_do_not_end_the_waiting_and_lose_no_line(dashboard: type
     said: list[str] = []
     assert submit.submit_job("http://head:8265", ["predict"], None, None, said.append) == 3
     assert "".join(said[1:]) == LOG
+
+
+def test_a_cluster_that_goes_away_before_it_has_taken_the_job_is_one_sentence(dashboard: type[FakeClient]) -> None:
+    dashboard.polls = []
+    with pytest.raises(LaunchError, match=r"No job on 'http://head:8265': reset\. Give"):
+        submit.submit_job("http://head:8265", ["predict"], None, None, lambda text: None)
 
 
 def test_a_cluster_that_stays_away_ends_it_with_what_to_do(
